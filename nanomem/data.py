@@ -1,0 +1,511 @@
+"""Text to tokens, tokens to shards, shards to windows; and the synthetic streams, which come as the same windows.
+
+    python -m nanomem.data pg19 --out=data/pg19 --books=500      download PG-19 (all validation and test, 500 for training)
+    python -m nanomem.data pg19 --out=data/pg19 --folder=DIR     the same from DIR/{train,validation,test}/ID.txt
+    python -m nanomem.data text a.txt b.txt --out=data/mine      any text files, one book each
+
+Every script then takes --data=data/pg19.
+"""
+import base64
+import csv
+import hashlib
+import itertools
+import json
+import os
+import random
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from .cli import UserError, nearest, parse, run
+
+HERE = Path(__file__).parent
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""   # GPT-2's own splits
+TOKENIZERS = ("gpt2-4k", "gpt2", "bytes")
+
+
+def tokenizer(name):
+    """A tiktoken.Encoding: `gpt2`, `gpt2-4k` (the first 4,096 merges of GPT-2, 3.4 bytes a token) or `bytes`."""
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise UserError(f"the gpt2 vocabulary could not be downloaded ({type(e).__name__}): point TIKTOKEN_CACHE_DIR "
+                            "at a folder that has it, or use --tokenizer=gpt2-4k, which needs no download") from None
+    if name == "gpt2-4k":
+        lines = (HERE / "gpt2-4k.tiktoken").read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    elif name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+    else:
+        raise UserError(f"no tokenizer is called {name}: {nearest(name, TOKENIZERS)}")
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+
+
+def fingerprint(enc):
+    return hashlib.sha256(b"".join(enc.decode_single_token_bytes(i) for i in range(enc.eot_token))).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Books: from text, from shards
+
+@dataclass
+class Books:
+    """The books of one split. tokens[i] is uint16: end-of-text, then book i, so that every token of the book has a
+    prediction; words[i] (between white space) and sizes[i] (UTF-8 bytes) measure its text."""
+    enc: tiktoken.Encoding
+    names: list
+    tokens: list
+    words: list
+    sizes: list
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def read_text(path):
+    """A text file with its line ends made LF. Raises UserError if it is not there, empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start} is {e.object[e.start]:#x}): convert it first") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if not text.strip():
+        raise UserError(f"{path} holds no text")
+    return text
+
+
+def encode(enc, text):
+    return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype="<u2")
+
+
+def from_texts(enc, texts):
+    """Books held in memory, from (name, text) pairs."""
+    names, texts = zip(*texts)
+    return Books(enc, list(names), [encode(enc, t) for t in texts], [len(t.split()) for t in texts],
+                 [len(t.encode()) for t in texts])
+
+
+def hold_out(texts):
+    """Split (name, text) pairs: the last tenth of the books is for validation, of a single book its own last tenth."""
+    if len(texts) > 1:
+        n = max(1, len(texts) // 10)
+        return dict(train=texts[:-n], validation=texts[-n:])
+    name, text = texts[0]
+    cut = text.rfind("\n\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
+    return dict(train=[(name, text[:cut])], validation=[(name + ", the end", text[cut:])])
+
+
+MAGIC, VERSION = 20240520, 1   # of llm.c's .bin files
+
+
+def write_shards(out, enc, splits, limit=2 ** 25):
+    """Write {split: (name, text) pairs, sized if a bar shall know its end} as shards of at least `limit` tokens.
+
+    <split>_00000.bin       llm.c's: 256 int32 (magic, version, tokens; ours: books, end-of-text id, vocabulary), then uint16
+    <split>_00000.idx.npy   int64 (books, 4): first token, tokens, words, bytes. A book never straddles two files
+    meta.json               tokenizer, totals and names; written last, so that a folder without it is unfinished
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)
+    meta = dict(format="nanomem shards", version=VERSION, tokenizer=enc.name, vocab=enc.n_vocab,
+                ranks=fingerprint(enc), newlines="LF", splits={})
+    for split, texts in splits.items():
+        for old in out.glob(f"{split}_*"):
+            old.unlink()
+        files, names, book, index = [], [], [], []
+        total = np.zeros(3, np.int64)
+
+        def close():
+            name = f"{split}_{len(files):05d}"
+            tokens = np.concatenate(book)
+            header = np.zeros(256, "<i4")
+            header[:6] = MAGIC, VERSION, len(tokens), len(book), enc.eot_token, enc.n_vocab
+            with open(out / f"{name}.bin", "wb") as f:
+                f.write(header.tobytes() + tokens.tobytes())
+            np.save(out / f"{name}.idx.npy", np.array(index, np.int64))
+            files.append(name)
+            book.clear(), index.clear()
+
+        bar = tqdm(texts, desc=split, unit="book", smoothing=0.05)
+        for name, text in bar:
+            ids = encode(enc, text)
+            row = len(ids), len(text.split()), len(text.encode())
+            index.append((sum(map(len, book)), *row))
+            book.append(ids)
+            names.append(name)
+            total += row
+            bar.set_postfix_str(f"{total[0] / 1e6:.1f}M tokens")
+            if index[-1][0] + len(ids) >= limit:
+                close()
+        if book:
+            close()
+        meta["splits"][split] = dict(files=files, names=names, tokens=int(total[0]), words=int(total[1]), bytes=int(total[2]))
+    scratch = out / "meta.json.tmp"
+    scratch.write_text(json.dumps(meta, indent=1))
+    os.replace(scratch, out / "meta.json")
+    return meta
+
+
+def open_shards(folder, split):
+    """The Books of a folder that `write_shards` made, memory-mapped. Raises UserError for whatever is wrong with it."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["format"] == "nanomem shards" and meta["version"] == VERSION
+        enc, splits, ranks = tokenizer(meta["tokenizer"]), meta["splits"], meta["ranks"]
+    except FileNotFoundError:
+        raise UserError(f"no shards in {folder} (it has no meta.json): make them with python -m nanomem.data") from None
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / 'meta.json'} is damaged or not ours: make the shards again with python -m nanomem.data") from None
+    if split not in splits:
+        raise UserError(f"{folder} has no split {split}: {nearest(split, list(splits))}")
+    if ranks != fingerprint(enc):
+        raise UserError(f"{folder} was made with another {enc.name} vocabulary than the one here: make the shards again")
+    books = Books(enc, splits[split]["names"], [], [], [])
+    for name in splits[split]["files"]:
+        tokens, index = open_shard(folder / f"{name}.bin", folder / f"{name}.idx.npy", enc)
+        books.tokens += [tokens[start:start + n] for start, n in index[:, :2]]
+        books.words += index[:, 2].tolist()
+        books.sizes += index[:, 3].tolist()
+    if len(books) != len(books.names):
+        raise UserError(f"{folder}: meta.json names {len(books.names)} books of {split}, the shards hold {len(books)}: "
+                        "make them again")
+    return books
+
+
+def open_shard(path, index_path, enc):
+    """One shard's tokens (a memory map) and index, each checked against the other."""
+    def refuse(why):
+        raise UserError(f"{path}: {why}: make the shards again with python -m nanomem.data")
+    try:
+        header = np.fromfile(path, "<i4", 256)
+        index = np.load(index_path, allow_pickle=False)
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename or index_path}: {e.strerror or 'not an index file'}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"{index_path} is not an index file: make the shards again with python -m nanomem.data") from None
+    if len(header) < 256:
+        refuse(f"truncated header, {path.stat().st_size} bytes of 1024")
+    magic, version, n, docs, eot, vocab = header[:6].tolist()
+    if magic != MAGIC:
+        refuse(f"not a token shard (magic {magic}, expected {MAGIC})")
+    if version != VERSION:
+        refuse(f"shard version {version}, this code reads {VERSION}")
+    if path.stat().st_size != 1024 + 2 * n:
+        refuse(f"the header promises {n:,} tokens, the file has room for {(path.stat().st_size - 1024) / 2:,.0f}")
+    if (eot, vocab) != (enc.eot_token, enc.n_vocab):
+        refuse(f"written for a vocabulary of {vocab}, {enc.name} has {enc.n_vocab}")
+    tokens = np.memmap(path, "<u2", "r", offset=1024, shape=(n,))
+    good = index.ndim == 2 and index.shape == (docs, 4) and index.dtype == np.int64
+    if not good or docs == 0 or (index[:, 1] < 2).any() or index[0, 0] != 0 or index[-1, :2].sum() != n \
+            or (index[1:, 0] != index[:-1, :2].sum(1)).any() or (tokens[index[:, 0]] != eot).any():
+        refuse(f"index and tokens disagree ({index_path.name})")
+    return tokens, index
+
+
+def open_books(data, split, name="gpt2-4k"):
+    """The Books of a folder of shards, or with data="" of the embedded Moby-Dick (chapters 1 to 109 | 110 to the end)."""
+    if data:
+        return open_shards(data, split)
+    texts = hold_out([("Moby-Dick", read_text(HERE / "books" / "moby-dick.txt"))])
+    if split not in texts:
+        raise UserError(f"the embedded book has no split {split}: {nearest(split, list(texts))}")
+    return from_texts(tokenizer(name), texts[split])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+class Batch(NamedTuple):
+    """One window of B rows: what train, evaluate and bench read, from books and from synthetic streams alike."""
+    x: torch.Tensor       # (B, T) tokens
+    y: torch.Tensor       # (B, T) the tokens that come next, -1 where nothing is scored
+    fresh: torch.Tensor   # (B,) this row opens a new book
+    at: torch.Tensor      # (B, T) where a target stands: tokens into its book, or tokens behind the place of its answer
+    book: torch.Tensor    # (B,) which book, -1 for none
+
+    def to(self, device):
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def rows(self, i, j):
+        return Batch(*(t[i:j] for t in self))
+
+
+class Bookmarks:
+    """B bookmarks in B books, read in order, T tokens at a time. A bookmark at the end of its book moves to the next
+    book, in an order that is shuffled anew for every epoch; a window lies inside one book, and the last window of a
+    book is padded with targets of -1. `once` reads every book once, in the order given, and then raises StopIteration.
+
+    With fewer books than bookmarks, the books are cut into pieces of equal length first, about four for each bookmark;
+    `piece` sets that length. Memory starts afresh in each piece.
+    """
+
+    def __init__(self, books, rows, T, seed=0, once=False, piece=None):
+        self.books, self.B, self.T, self.seed, self.once = books, rows, T, seed, once
+        if piece is None and len(books) < rows and not once:
+            piece = max(T, sum(len(t) - 1 for t in books.tokens) // (4 * rows) // T * T)
+        # (book, first target, end): tokens[i] is the target of tokens[i - 1]
+        self.pieces = [(b, i, min(i + (piece or len(t)), len(t)))
+                       for b, t in enumerate(books.tokens) for i in range(1, len(t), piece or len(t))]
+        self.dealt = 0                    # pieces that were handed out so far, over all epochs
+        self.marks = [None] * rows        # (piece, next target), None for a row with nothing to read
+
+    def deal(self):
+        epoch, i = divmod(self.dealt, len(self.pieces))
+        if self.once and epoch:
+            return None
+        self.dealt += 1
+        if not self.once:
+            i = int(np.random.default_rng((self.seed, epoch)).permutation(len(self.pieces))[i])
+        return i, self.pieces[i][1]
+
+    def next(self):
+        x = np.full((self.B, self.T), self.books.enc.eot_token)
+        y, at = np.full_like(x, -1), np.zeros_like(x)
+        fresh, book = np.zeros(self.B, bool), np.full(self.B, -1)
+        for row in range(self.B):
+            mark = self.marks[row]
+            if mark is None or mark[1] >= self.pieces[mark[0]][2]:
+                mark, fresh[row] = self.deal(), True
+            if mark is not None:
+                (piece, i), (book[row], start, end) = mark, self.pieces[mark[0]]
+                n = min(self.T, end - i)
+                window = self.books.tokens[book[row]][i - 1:i + n].astype(np.int64)
+                x[row, :n], y[row, :n] = window[:-1], window[1:]
+                at[row, :n] = np.arange(i, i + n) - start
+                mark = (piece, i + n)
+            self.marks[row] = mark
+        if (book < 0).all():
+            raise StopIteration
+        return Batch(*map(torch.from_numpy, (x, y, fresh, at, book)))
+
+    def state_dict(self):
+        return dict(dealt=self.dealt, marks=[m and list(m) for m in self.marks])
+
+    def load_state_dict(self, state):
+        if len(state["marks"]) != self.B:
+            raise UserError(f"the checkpoint has {len(state['marks'])} bookmarks, this run {self.B} rows: keep --batch")
+        self.dealt, self.marks = state["dealt"], [m and tuple(m) for m in state["marks"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic streams. A generator makes x, y and at (B, T) of Batch; every row is a document of its own.
+
+NOISE, KEYS, VALUES, SYMBOLS = 16, 24, 24, 64   # the vocabulary: 16 symbols of filler, then 24 keys, then 24 values
+
+
+def recall(rng, B, T, pairs=4):
+    """Key-value pairs strewn over filler; each key comes back once, somewhere later, and asks for its value.
+
+    Both places are drawn uniformly, so that questions inside a segment teach what questions across segments test."""
+    places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :2 * pairs].reshape(B, pairs, 2)
+    plant, ask = np.sort(places, -1).transpose(2, 0, 1)                        # (B, pairs) both
+    key = NOISE + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs]
+    val = NOISE + KEYS + rng.integers(VALUES, size=(B, pairs))
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    for place in (plant, ask):
+        x[rows, place], x[rows, place + 1] = key, val
+    y[rows, ask], at[rows, ask] = val, ask - plant
+    return x, y, at
+
+
+def needle(rng, B, T, distance=0):
+    """One key and its value somewhere in filler; the last token is the key again and asks for the value, `distance`
+    tokens later (0: drawn uniformly, anew for every row)."""
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)
+    if not 0 <= distance < T:
+        raise UserError(f"a needle at distance {distance} does not fit into {T} tokens")
+    distance = np.full(B, distance) if distance else rng.integers(2, T, size=B)
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[rows, T - 1 - distance] = x[:, -1] = NOISE + rng.integers(KEYS, size=B)
+    x[rows, T - distance] = y[:, -1] = NOISE + KEYS + rng.integers(VALUES, size=B)
+    at[:, -1] = distance
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle}
+
+
+class Synthetic:
+    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone."""
+
+    def __init__(self, name, rows, T, seed=0, **knobs):
+        self.make, self.B, self.T, self.seed, self.knobs, self.i = STREAMS[name], rows, T, seed, knobs, 0
+
+    def next(self):
+        x, y, at = self.make(np.random.default_rng((self.seed, self.i)), self.B, self.T, **self.knobs)
+        book = np.arange(self.i * self.B, (self.i + 1) * self.B)
+        self.i += 1
+        return Batch(*map(torch.from_numpy, (x, y, np.ones(self.B, bool), at, book)))
+
+    def state_dict(self):
+        return dict(i=self.i)
+
+    def load_state_dict(self, state):
+        self.i = state["i"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PG-19 (1911.05507)
+
+BUCKET = "https://storage.googleapis.com/deepmind-gutenberg"
+HELD_OUT = dict(   # the official splits; every other book of metadata.csv is for training
+    validation="""1022 11155 13089 16959 1925 2383 23956 24360 25066 27688 28213 28776 29981 32629 34016 34056 34100 356
+        35816 36402 37833 38214 38403 4024 41074 42067 42142 42306 43423 44896 44912 4533 48089 48461 48677 49091 50355
+        51859 5195 5321 53682 54098 555 55658 56719 57843 58093 6404 7510 8545""".split(),
+    test="""10146 10321 10356 10762 12204 15562 22424 24553 2544 25646 25773 25830 26183 26239 26493 26618 27454 28444
+        28988 29594 29973 30312 30752 30754 30909 30981 31065 3129 31974 3247 32761 3340 33426 33756 34467 35205 35246
+        3608 36256 37006 37328 37403 37443 3754 37702 38106 3890 38929 38955 4047 40579 40700 4128 41603 41607 42081
+        42655 43536 43845 44099 44557 45313 45881 45888 46915 47068 47558 47581 47676 48693 49078 49529 49596 50287
+        51410 53345 5396 54537 54624 55339 55871 56410 5734 5770 57791 58473 58553 58598 5956 5962 6412 6941 7412 7987
+        8197 8559 860 8788 9315 9931""".split())
+
+
+def fetch(url, path, tries=5, pause=1.0):
+    """Download url to path, unless it is there already. What arrives goes to path.part; after a dropped connection, or
+    when called again, the download goes on from its end. The file gets its name only if its size, and its MD5 where the
+    server states one, are right. Raises UserError after `tries`."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    why = ""
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(pause * 2 ** (attempt - 1))
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                if answer.headers.get_content_type() == "text/html":
+                    raise UserError(f"{url} answers with a web page, not with the file: is there a log-in page in between?")
+                if answer.status != 206:
+                    have = 0    # the server sends the whole file again
+                size = have + int(answer.headers["Content-Length"])
+                md5 = [h[4:] for line in answer.headers.get_all("x-goog-hash", []) for h in line.split(",") if h[:4] == "md5="]
+                with open(part, "ab" if have else "wb") as f:
+                    while block := answer.read(1 << 16):
+                        f.write(block)
+        except urllib.error.HTTPError as e:
+            if e.code == 404:
+                raise UserError(f"{url} is not there (404): is --url right?") from None
+            if e.code == 416:   # asked to go on behind the end: what we have is not what the server has
+                part.unlink()
+            why = f"HTTP {e.code}"
+            continue
+        except OSError as e:    # URLError, a reset, a time-out
+            why = str(getattr(e, "reason", e)) or type(e).__name__
+            continue
+        got = part.stat().st_size
+        if got < size:
+            why = f"the connection dropped at {got:,} of {size:,} bytes"
+        elif got > size:
+            why = f"{got:,} bytes came instead of {size:,}"
+            part.unlink()
+        elif md5 and base64.b64encode(hashlib.md5(part.read_bytes()).digest()).decode() != md5[0]:
+            why = "the MD5 is wrong"
+            part.unlink()
+        else:
+            os.replace(part, path)
+            return
+    raise UserError(f"{url}: gave up after {tries} tries ({why}); the same command goes on from where it stopped")
+
+
+def download(folder, url=BUCKET, books=0):
+    """PG-19 to folder/<split>/ID.txt: validation and test, and all training books or a sample of `books`."""
+    fetch(f"{url}/metadata.csv", folder / "metadata.csv")
+    with open(folder / "metadata.csv", encoding="utf-8", newline="") as f:
+        ids = [row[0] for row in csv.reader(f) if row]
+    if not all(i.isdigit() for i in ids):
+        raise UserError(f"{folder / 'metadata.csv'} is not PG-19's list of books: delete it and try again")
+    held_out = set(itertools.chain(*HELD_OUT.values()))
+    train = sorted(set(ids) - held_out, key=int)
+    random.Random(0).shuffle(train)    # a sample of 500 is part of the sample of 1,000
+    splits = dict(train=train[:books or None], **{s: [i for i in HELD_OUT[s] if i in set(ids)] for s in HELD_OUT})
+    todo = [(f"{url}/{split}/{i}.txt", folder / split / f"{i}.txt") for split, ids in splits.items() for i in ids]
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            for _ in tqdm(pool.map(lambda job: fetch(*job), todo), total=len(todo), desc="download", unit="book"):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return splits
+
+
+class Texts:
+    """(name, text) of files, read one by one."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __iter__(self):
+        return ((path.stem, read_text(path)) for path in self.paths)
+
+
+def pg19(out, enc, folder="", url=BUCKET, books=0, limit=2 ** 25):
+    """Shards of PG-19 in `out`, from a folder in the bucket's layout or else from the bucket itself."""
+    if folder:
+        folder = Path(folder)
+        found = {s: sorted((folder / s).glob("*.txt")) for s in ("train", "validation", "test")}
+        if not found["train"] or not found["validation"]:
+            raise UserError(f"{folder} is not in PG-19's layout: it needs train/*.txt and validation/*.txt")
+        found["train"] = found["train"][:books or None]
+    else:
+        raw = Path(out) / "text"
+        found = {s: [raw / s / f"{i}.txt" for i in ids] for s, ids in download(raw, url, books).items()}
+    return write_shards(out, enc, {s: Texts(paths) for s, paths in found.items() if paths}, limit)
+
+
+@dataclass
+class Make:
+    out: str = ""                # folder for the shards
+    tokenizer: str = "gpt2-4k"   # gpt2-4k, gpt2 or bytes
+    folder: str = ""             # pg19: read DIR/{train,validation,test}/ID.txt instead of downloading
+    books: int = 0               # pg19: take only so many training books (0: all 28,602, 11 GB)
+    url: str = BUCKET            # pg19: where the books are
+
+
+def main(argv):
+    (flags,), words = parse(argv, Make)
+    make = Make(**flags)
+    if not words or words[0] not in ("pg19", "text"):
+        raise UserError("say what to read: python -m nanomem.data pg19 --out=DIR, or text FILE... --out=DIR")
+    if not make.out:
+        raise UserError("--out=DIR is missing: where shall the shards go?")
+    enc = tokenizer(make.tokenizer)
+    if words[0] == "pg19":
+        if len(words) > 1:
+            raise UserError(f"pg19 takes no further words, got {words[1]}: did you mean --folder={words[1]}?")
+        meta = pg19(make.out, enc, make.folder, make.url, make.books)
+    else:
+        if len(words) == 1:
+            raise UserError("text needs files: python -m nanomem.data text FILE... --out=DIR")
+        meta = write_shards(make.out, enc, hold_out([(Path(p).stem, read_text(p)) for p in words[1:]]))
+    for split, s in meta["splits"].items():
+        print(f"{split:12s} {len(s['names']):6,d} books  {s['tokens']:13,d} tokens  {s['words']:13,d} words  {s['bytes']:14,d} bytes")
+    print(f"--data={make.out} is ready for train.py and bench.py")
+
+
+if __name__ == "__main__":
+    run(main)

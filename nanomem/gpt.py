@@ -1,0 +1,170 @@
+"""One tiny GPT: the letters, the bricks that every room is built from, and the room that remembers nothing.
+
+    B batch       T tokens in this call     P positions already in the cache     S tokens in a segment (c.seg)
+    C width       H heads                   D head width                         L layers
+    V vocabulary  M memory slots            W tokens kept as keys and values     K segments in a training window
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Config:
+    vocab: int = 4097   # V, tokens in the vocabulary
+    layers: int = 4     # L, blocks
+    heads: int = 4      # H, attention heads
+    width: int = 128    # C, channels of the residual stream
+    seg: int = 128      # S, tokens in a segment
+
+    head_dim = property(lambda c: c.width // c.heads)   # D
+
+    def __post_init__(self):
+        for name in ("vocab", "layers", "heads", "width", "seg"):
+            assert getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}"
+        assert self.width % (2 * self.heads) == 0, \
+            f"width {self.width} does not split into {self.heads} heads of an even width"
+
+
+def norm(x):
+    """RMSNorm without weights: the linear map that follows can learn them."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def angles(pos, D):
+    """RoPE (2104.09864, eq. 15): cosines and sines of positions pos (T,), each (T, D/2)."""
+    freq = 10_000 ** (-torch.arange(0, D, 2, device=pos.device) / D)
+    theta = pos.float()[:, None] * freq                                        # (T, D/2)
+    return theta.cos(), theta.sin()
+
+
+def rotate(x, turn):
+    """Turn the pairs (i, i + D/2) of x (..., T, D) by the angles of their positions; turns add up."""
+    cos, sin = turn
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).type_as(x)
+
+
+def attend(q, k, v, mask=None):
+    """Fused attention of q (B, H, T, D), the last T of the P + T positions of k and v, to everything before them.
+
+    `mask` (bool, True = may look) replaces the causal rule. The kernel's own is_causal aligns top left, so it is
+    right only while the cache is empty; a single query at the end needs no mask at all.
+    """
+    T, P = q.size(2), k.size(2) - q.size(2)
+    if mask is None and P > 0 and T > 1:
+        mask = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and P == 0)
+
+
+class Attention(nn.Module):
+    """Self-attention with RoPE and QK-norm; `past` holds the rotated keys and the values of earlier positions."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.heads
+        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
+        self.out = nn.Linear(c.width, c.width, bias=False)
+
+    def forward(self, x, turn, past=None, mask=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                                # (B, H, T, D) each
+        q, k = rotate(norm(q), turn).type_as(v), rotate(norm(k), turn).type_as(v)
+        if past is not None:
+            k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        return self.out(y), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.up = nn.Linear(c.width, 4 * c.width, bias=False)
+        self.out = nn.Linear(4 * c.width, c.width, bias=False)
+
+    def forward(self, x):
+        return self.out(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attention = Attention(c)
+        self.mlp = MLP(c)
+
+    def forward(self, x, turn, past=None, mask=None):
+        y, kv = self.attention(norm(x), turn, past, mask)
+        x = x + y
+        return x + self.mlp(norm(x)), kv
+
+
+class GPT(nn.Module):
+    """A GPT that sees one segment at a time and remembers nothing: the baseline under every other room.
+
+    state    {} (empty)
+    read     nothing
+    write    nothing
+    paper    GPT-2 (Radford et al. 2019) in the modern dress of the nanoGPT speed runs
+    departs  RoPE, RMSNorm and QK-norm without weights, squared ReLU, no biases, untied head, zero-init projections
+    """
+    Config = Config
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.embedding = nn.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.apply(self.init)
+
+    @staticmethod
+    def init(module):
+        """Every start in one place: each block begins as the identity, each logit at nearly zero."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+        if isinstance(module, (Attention, MLP)):
+            nn.init.zeros_(module.out.weight)
+        if isinstance(module, GPT):
+            nn.init.normal_(module.head.weight, std=0.001)
+
+    def embed(self, tokens):
+        return norm(self.embedding(tokens))                                    # (B, T, C)
+
+    def trunk(self, x, cache=None, mask=None):
+        """Rows x (B, T, C) after the P rows in the cache -> their last hidden states (B, T, C) and the longer cache.
+
+        The cache is a list with the keys and values of each layer, (B, H, P, D) both; a row's place in it is its
+        position.
+        """
+        cache = cache or [None] * self.c.layers
+        P = 0 if cache[0] is None else cache[0][0].size(2)
+        turn = angles(torch.arange(P, P + x.size(1), device=x.device), self.c.head_dim)
+        longer = []
+        for block, past in zip(self.blocks, cache):
+            x, kv = block(x, turn, past, mask)
+            longer.append(kv)
+        return norm(x), longer
+
+    def init_state(self, B):
+        return {}
+
+    def read(self, state):
+        return None
+
+    def extend(self, tokens, cache):
+        h, cache = self.trunk(self.embed(tokens), cache)
+        return self.head(h), cache                                             # (B, T, V)
+
+    def write(self, cache, state):
+        return dict(state)
+
+    def forward(self, tokens, state):
+        """One whole segment, tokens (B, S) -> logits (B, S, V) and the next state."""
+        assert tokens.size(1) == self.c.seg, f"a segment is {self.c.seg} tokens, got {tokens.size(1)}"
+        logits, cache = self.extend(tokens, self.read(state))
+        return logits, self.write(cache, state)

@@ -1,0 +1,232 @@
+"""The one walk over segments. It trains, evaluates and generates with any room and knows none of them."""
+import contextlib
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from .cli import UserError
+
+
+def enter(room, state, fresh):
+    """The state in which a window begins: rows that open a new book (fresh (B,) True) start from the room's initial
+    state, through which gradient reaches a learned one; the others go on from `state`."""
+    start = room.init_state(len(fresh))
+    return {k: torch.where(fresh.view(-1, *[1] * (v.ndim - 1)), start[k], v) for k, v in state.items()}
+
+
+def detach(state):
+    return {k: v.detach() for k, v in state.items()}
+
+
+def nbytes(state):
+    """Bytes that are remembered for one row."""
+    return sum(v[0].nbytes for v in state.values())
+
+
+def device_of(room):
+    return room.head.weight.device
+
+
+def precision(room, dtype):
+    """Autocast of the room's device to dtype, or nothing for float32. Parameters and states stay float32."""
+    if dtype in (None, torch.float32):
+        return contextlib.nullcontext()
+    return torch.autocast(device_of(room).type, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def step_of(room, dtype=None, compile=False):
+    """The unit of training: one segment, (x (B, S), y (B, S) or None, state) -> (summed loss, next state).
+
+    Compiled it is one graph for any number of segments. If the compiler fails on this machine it says so in one line
+    and runs the same function eagerly.
+    """
+    def step(x, y, state):
+        with precision(room, dtype):
+            logits, state = room(x, state)
+        if y is None:
+            return None, state
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="sum"), state
+
+    if not compile:
+        return step
+    fast = torch.compile(step, fullgraph=True, dynamic=False)
+
+    def compiled(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except Exception as e:
+            if fast is step:
+                raise
+            print(f"warning: torch.compile failed ({type(e).__name__}), going on without it")
+            fast = step
+            return fast(*args)
+    return compiled
+
+
+def segments(room, x, y):
+    return list(zip(x.split(room.c.seg, 1), y.split(room.c.seg, 1)))
+
+
+def objective(loss, state, scale, K):
+    """What a segment adds to the quantity that is minimised: its share of the mean loss and of the mean `aux`."""
+    return loss * scale + (state["aux"].mean() / K if "aux" in state else 0)
+
+
+def bptt(room, step, x, y, state, scale):
+    """Back-propagate through all K segments of a window at once, x and y (B, K*S); gradients add up in .grad.
+
+    Returns the summed loss and the detached state behind the window. `scale` is 1 / (number of targets).
+    """
+    total, goal, parts = 0, 0, segments(room, x, y)
+    for xs, ys in parts:
+        loss, state = step(xs, ys, state)
+        total, goal = total + loss.detach(), goal + objective(loss, state, scale, len(parts))
+    goal.backward()
+    return total, detach(state)
+
+
+def replay(room, step, x, y, state, scale):
+    """Memory-replay back-propagation (Memformer 2010.06891, algorithm 1): the gradients of `bptt` with the activations
+    of one segment. Walk forwards without a graph and keep only the states; then backwards, each segment once more
+    from its state, handing down the gradient of the state it began with."""
+    start, states, parts = state, [detach(state)], segments(room, x, y)
+    with torch.no_grad():
+        for xs, _ in parts[:-1]:
+            states.append(step(xs, None, states[-1])[1])
+    total, after, grad = 0, None, {}
+    for xs, ys in reversed(parts):
+        leaf = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in states.pop().items()}
+        loss, out = step(xs, ys, leaf)
+        total, after = total + loss.detach(), after or detach(out)
+        roots = {k: g for k, g in grad.items() if out[k].requires_grad}
+        # one joint call: two would walk the segment's graph twice, and a compiled graph can be walked only once
+        torch.autograd.backward([objective(loss, out, scale, len(parts)), *[out[k] for k in roots]],
+                                [None, *roots.values()])
+        grad = {k: v.grad for k, v in leaf.items() if v.grad is not None}
+    learned = [k for k in grad if start[k].requires_grad]
+    if learned:
+        torch.autograd.backward([start[k] for k in learned], [grad[k] for k in learned])
+    return total, after
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation and generation
+
+@torch.no_grad()
+def evaluate(room, loader, windows=None, dtype=None):
+    """Read windows of a loader in order (all of a `once` loader, or the first `windows`), the state carried from one
+    to the next. Yields (batch, nll (B, T) in nats, 0 where nothing is scored, hit (B, T) the most likely token is right).
+    """
+    state, device = None, device_of(room)
+    while windows is None or windows > 0:
+        try:
+            batch = loader.next().to(device)
+        except StopIteration:
+            return
+        state = enter(room, state or room.init_state(len(batch.x)), batch.fresh)
+        nll, hit = [], []
+        for x, y in segments(room, batch.x, batch.y):
+            with precision(room, dtype):
+                logits, state = room(x, state)
+            nll.append(F.cross_entropy(logits.transpose(1, 2).float(), y, ignore_index=-1, reduction="none"))
+            hit.append(logits.argmax(-1) == y)
+        yield batch, torch.cat(nll, 1), torch.cat(hit, 1)
+        windows = windows and windows - 1
+
+
+class Reader:
+    """A room with a book open in front of it: reads tokens, one or a million in a call, and predicts the next one.
+
+    It holds the state behind the last full segment, and the tokens and the cache of the open one; so what a token costs,
+    in time and in bytes, does not depend on how much was read before.
+    """
+
+    def __init__(self, room, B=1):
+        self.room, self.count, self.logits = room, 0, None
+        self.turn_page(room.init_state(B), torch.empty(B, 0, dtype=torch.long, device=device_of(room)))
+
+    def turn_page(self, state, page):
+        self.state, self.page, self.cache = state, page, None   # page (B, 0..S-1): the tokens of the open segment
+
+    @torch.no_grad()
+    def __call__(self, tokens):
+        """Read tokens (B, T), T >= 1. Returns the logits (B, V) of the token that follows; they also stay in .logits."""
+        room, S = self.room, self.room.c.seg
+        while tokens.size(1):
+            T = min(S - self.page.size(1), tokens.size(1))
+            part, tokens = tokens[:, :T], tokens[:, T:]
+            self.count += T
+            if T == S:   # a whole segment at once
+                logits, state = room(part, self.state)
+                self.turn_page(state, self.page)
+                continue
+            logits, self.cache = room.extend(part, self.cache if self.page.size(1) else room.read(self.state))
+            self.page = torch.cat([self.page, part], 1)
+            if self.page.size(1) == S:
+                self.turn_page(room.write(self.cache, self.state), self.page[:, :0])
+        self.logits = logits[:, -1].float()
+        return self.logits
+
+    def generate(self, n, pick):
+        """Write n tokens: pick(logits (B, V)) -> (B, 1) chooses each one. Yields a token when it has been read."""
+        for _ in range(n):
+            token = pick(self.logits)
+            self(token)
+            yield token
+
+    def save(self, path):
+        """What is remembered, to a file that `load` continues from with the same weights."""
+        save(path, "memory", weights=fingerprint(self.room), state=self.state, page=self.page, count=self.count,
+             logits=self.logits)
+
+    @torch.no_grad()
+    def load(self, path):
+        memory = load(path, "memory")
+        if memory["weights"] != fingerprint(self.room):
+            raise UserError(f"{path} was remembered by other weights than these: load it with the checkpoint that made it")
+        at = device_of(self.room)
+        self.turn_page({k: v.to(at) for k, v in memory["state"].items()}, memory["page"].to(at))
+        self.count, self.logits = memory["count"], memory["logits"].to(at)
+        if self.page.size(1):
+            self.cache = self.room.extend(self.page, self.room.read(self.state))[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def fingerprint(room):
+    digest = hashlib.sha256()
+    for v in room.state_dict().values():
+        digest.update(v.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path, kind, **content):
+    """Write a file that `load` reads with weights_only; the old one stays whole until the new one is."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    torch.save(dict(format=f"nanomem {kind}", version=1, **content), scratch)
+    os.replace(scratch, path)
+
+
+def load(path, kind):
+    """Read what `save` wrote, onto the CPU. Raises UserError if it is missing, cut off, or something else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+        raise UserError(f"{path} is damaged or not a {kind}: it may have been cut off while copying") from None
+    found = content.get("format", "") if isinstance(content, dict) else ""
+    if found != f"nanomem {kind}":
+        raise UserError(f"{path} is not a {kind} of nanomem" + (f" but a {found.removeprefix('nanomem ')}" if found else ""))
+    return content

@@ -1,0 +1,204 @@
+"""The laws: what every room and every preset keeps, whatever its memory is."""
+import pytest
+import torch
+
+import nanomem
+from nanomem import stream
+from nanomem.cli import UserError
+
+from conftest import TINY, tiny
+
+S, V = TINY["seg"], TINY["vocab"]
+OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0), rmt=dict(mem=0))
+
+
+def text(B=2, K=3, seed=0):
+    return torch.randint(V, (B, K * S), generator=torch.Generator().manual_seed(seed))
+
+
+def walk(room, tokens, state=None):
+    """Logits of all segments (B, K*S, V) and the last state."""
+    state, logits = state or room.init_state(len(tokens)), []
+    for x in tokens.split(S, 1):
+        y, state = room(x, state)
+        logits.append(y)
+    return torch.cat(logits, 1), state
+
+
+def close(a, b, tolerance=1e-4):
+    """States or tensors that agree; relative to their size."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    return a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().max() <= tolerance * (1 + b.abs().max()) if a.numel() else True
+
+
+# law 1: state
+
+@torch.no_grad()
+def test_the_state_is_a_flat_dict_of_fixed_shape(room):
+    state = first = room.init_state(3)
+    for x in text(B=3).split(S, 1):
+        _, state = room(x, state)
+        assert state.keys() == first.keys()
+        for k, v in state.items():
+            assert v.shape == first[k].shape and v.dtype == first[k].dtype and len(v) == 3
+            assert v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes, f"{k} pins more than it holds"
+
+
+# law 2: streaming
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [[1] * S, [5, 20, 7], [S - 1, 1], [S]], ids=["ones", "5+20+7", "31+1", "whole"])
+def test_any_cut_of_a_segment_gives_the_single_call(room, cut):
+    state = room.init_state(2)
+    for x in text().split(S, 1):
+        logits, after = room(x, state)
+        cache, parts = room.read(state), []
+        for part in x.split(cut, 1):
+            y, cache = room.extend(part, cache)
+            parts.append(y)
+        assert close(torch.cat(parts, 1), logits)
+        state = room.write(cache, state)
+        assert close(state, after)
+
+
+@torch.no_grad()
+def test_a_reader_predicts_what_the_walk_predicts(room):
+    tokens = text()
+    logits, _ = walk(room, tokens)
+    reader, t = stream.Reader(room, B=2), 0
+    for n in (1, 3, S - 4, S + 7, 2, S - 9):
+        t += n
+        assert close(reader(tokens[:, t - n:t]), logits[:, t - 1])
+    assert reader.count == t == 3 * S
+
+
+# law 3: no token sees the future
+
+@torch.no_grad()
+def test_no_token_sees_the_future(room):
+    tokens = text(B=1)
+    changed = tokens.repeat(3 * S, 1)                                # row t has another token at t
+    changed[torch.arange(3 * S), torch.arange(3 * S)] = (tokens[0] + 1) % V
+    before, after = walk(room, tokens.repeat(3 * S, 1))[0], walk(room, changed)[0]
+    moved = (before - after).abs().amax(-1) > 1e-6                   # (changed token, logit)
+    assert not moved.tril(-1).any()
+    assert moved.diagonal().all()
+
+
+# law 4: the state is the only channel
+
+@torch.no_grad()
+def test_the_state_is_the_only_channel(room):
+    tokens = text(B=3)
+    _, state = walk(room, tokens)
+    kept = {k: v.clone() for k, v in state.items()}
+    one, two = room(tokens[:, :S], state), room(tokens[:, :S], state)
+    assert torch.equal(one[0], two[0]) and all(torch.equal(one[1][k], two[1][k]) for k in state)
+    assert all(torch.equal(state[k], kept[k]) for k in state), "forward changed its input state"
+    alone = room(tokens[1:2, :S], {k: v[1:2] for k, v in state.items()})
+    assert close(alone[0][0], one[0][1]) and close(alone[1], {k: v[1:2] for k, v in one[1].items()})
+
+
+@torch.no_grad()
+def test_a_fresh_row_starts_from_nothing_and_the_others_go_on(room):
+    tokens = text(B=2)
+    _, state = walk(room, tokens)
+    state = stream.enter(room, state, torch.tensor([True, False]))
+    new, on = room(tokens[:, :S], room.init_state(2))[0], room(tokens[:, :S], walk(room, tokens)[1])[0]
+    both = room(tokens[:, :S], state)[0]
+    assert close(both[0], new[0]) and close(both[1], on[1])
+
+
+# law 5: the past matters
+
+@torch.no_grad()
+def test_the_past_matters(room, name):
+    tokens = text()
+    other = tokens.clone()
+    other[:, 5] = (other[:, 5] + 1) % V
+    moved = (walk(room, tokens)[0] - walk(room, other)[0])[:, S:].abs().max()
+    assert moved == 0 if name == "gpt" else moved > 1e-5
+
+
+def test_gradient_reaches_every_parameter(room):
+    tokens = text()
+    stream.bptt(room, stream.step_of(room), tokens, tokens.roll(-1, 1), room.init_state(2), 0.01)
+    assert not [n for n, p in room.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+# law 6: replay is back-propagation through time
+
+def test_replay_gives_the_gradients_of_bptt(room):
+    room.double()
+    tokens, fresh = text(K=4), torch.tensor([True, False])
+    carried = {k: v.double() if v.is_floating_point() else v for k, v in stream.detach(walk(room, tokens)[1]).items()}
+    found = []
+    for way in (stream.bptt, stream.replay):
+        room.zero_grad()
+        begin = stream.enter(room, carried, fresh)
+        loss, state = way(room, stream.step_of(room), tokens, tokens.roll(-1, 1), begin, 1 / tokens.numel())
+        found.append((loss, state, {n: p.grad for n, p in room.named_parameters()}))
+    (loss, state, grad), (loss2, state2, grad2) = found
+    assert torch.allclose(loss, loss2, rtol=1e-6) and close(state, state2, 1e-6)
+    for n in grad:
+        assert (grad[n] - grad2[n]).norm() <= 1e-6 * grad[n].norm(), n
+
+
+# law 7: memory off is GPT
+
+@torch.no_grad()
+def test_memory_off_is_gpt_to_the_bit(name):
+    off, gpt = tiny(name, **OFF[name]), tiny("gpt")
+    gpt.load_state_dict(off.state_dict(), strict=False)
+    assert torch.equal(walk(off, text())[0], walk(gpt, text())[0])
+    torch.manual_seed(5)
+    weights = nanomem.build(name, **TINY, **OFF[name]).head.weight
+    torch.manual_seed(5)
+    assert torch.equal(weights, nanomem.build("gpt", **TINY).head.weight), "the same seed starts from other weights"
+
+
+# law 9: save and load
+
+@torch.no_grad()
+def test_a_saved_memory_goes_on(room, tmp_path):
+    tokens, end = text(B=1)[:, :2 * S + 5], text(B=1, seed=1)[:, :S]
+    for read in (2 * S + 5, 2 * S):                                  # in the middle of a segment, and between two
+        reader = stream.Reader(room)
+        reader(tokens[:, :read])
+        reader.save(tmp_path / "memory.pt")
+        again = stream.Reader(room)
+        again.load(tmp_path / "memory.pt")
+        assert torch.equal(again.logits, reader.logits) and again.count == read
+        assert close(again(end), reader(end))
+
+
+def test_a_memory_of_other_weights_is_refused(room, name, tmp_path):
+    reader = stream.Reader(room)
+    reader(text(B=1))
+    reader.save(tmp_path / "memory.pt")
+    with pytest.raises(UserError, match="other weights"):
+        stream.Reader(tiny(name, seed=1)).load(tmp_path / "memory.pt")
+
+
+# building
+
+def test_any_size_builds_with_knobs_derived(name):
+    for size in (dict(layers=1, heads=1, width=2, seg=1, vocab=2), dict(layers=3, heads=5, width=40, seg=7), {}):
+        room = nanomem.build(name, **size)
+        logits, _ = room(torch.zeros(2, room.c.seg, dtype=torch.long), room.init_state(2))
+        assert logits.shape == (2, room.c.seg, room.c.vocab)
+
+
+@pytest.mark.parametrize("wrong, hint", [
+    (("rtm", {}), "did you mean rmt"), (("xl", dict(windwo=3)), "did you mean window"), (("gpt", dict(mem=3)), "no field mem"),
+    (("gpt", dict(width=20, heads=3)), "width 20 does not split into 3 heads"), (("gpt", dict(seg=0)), "seg must be positive, got 0"),
+    (("window", dict(window=0)), "window > 0, got 0"), (("rmt", dict(mem=-2)), "got -2")])
+def test_a_wrong_name_field_or_setting_is_refused_with_the_reason(wrong, hint):
+    with pytest.raises(UserError, match=hint):
+        nanomem.build(wrong[0], **wrong[1])
+
+
+def test_a_segment_of_the_wrong_length_is_refused(room):
+    with pytest.raises(AssertionError, match=f"segment is {S} tokens, got {S - 1}"):
+        room(text()[:, :S - 1], room.init_state(2))

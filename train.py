@@ -1,0 +1,255 @@
+"""Train any room, on books or on a synthetic stream.
+
+    python train.py --room=rmt                       on the embedded book: a few minutes on a laptop
+    python train.py --room=xl --data=data/pg19       on shards made by python -m nanomem.data
+    python train.py --room=rmt --data=recall         on a stream where the answer lies segments back
+    python train.py --room=rmt --resume              go on where out/rmt stopped, to the bit
+    torchrun --nproc_per_node=2 train.py --room=rmt  the same run on several devices
+"""
+import csv
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import nanomem
+from nanomem import cli, data, stream
+from nanomem.cli import UserError
+
+
+@dataclass
+class Run:
+    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt
+    data: str = ""               # folder of shards, or a stream (recall, needle); without it the embedded Moby-Dick
+    tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
+    out: str = ""                # folder for checkpoints and log (without it out/ROOM)
+    resume: bool = False         # go on from last.pt of that folder
+    overwrite: bool = False      # begin anew in a folder that holds a run
+    steps: int = 600             # optimizer steps
+    batch: int = 8               # B, rows: books read side by side, on all devices together
+    segments: int = 4            # K, segments in a window: how far back-propagation reaches
+    replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
+    accum: int = 1               # parts that the rows of a step are split into, one after the other
+    lr: float = 2e-3             # peak learning rate of AdamW
+    warmup: float = 0.02         # part of the steps in which it rises from 0
+    cooldown: float = 0.65       # part of the steps in which it falls to 0, at the end
+    decay: float = 0.1           # weight decay, of the matrices only
+    clip: float = 1.0            # largest norm of the gradient
+    report: int = 20             # steps between two lines of the log
+    validate: int = 200          # steps between two validations, each followed by a checkpoint
+    windows: int = 16            # windows that a validation reads
+    seed: int = 1                # of the weights and of the order of the books
+    device: str = ""             # cpu, cuda, mps (without it the best there is)
+    dtype: str = ""              # float32, bfloat16 (without it bfloat16 on CUDA)
+    compile: bool = None         # one graph for each segment (without it on CUDA only)
+
+
+def flags(argv):
+    """The command line as a Run's fields and the room's own fields, only what was typed."""
+    names = [v.split("=", 1)[1] if "=" in v else after for v, after in zip(argv, [*argv[1:], ""])
+             if v.split("=")[0] == "--room"]
+    (run, fields), words = cli.parse(argv, Run, nanomem.room_class((names or [Run.room])[-1]).Config)
+    if words:
+        raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
+    return run, fields
+
+
+def check(run, world):
+    for name in ("steps", "batch", "segments", "accum", "report", "validate", "windows"):
+        if getattr(run, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
+    if run.dtype not in ("", "float32", "bfloat16"):
+        raise UserError(f"--dtype is float32 or bfloat16, got {run.dtype}")
+    if run.batch % (world * run.accum):
+        raise UserError(f"--batch={run.batch} rows do not split over {world} devices x {run.accum} parts")
+
+
+def machine(run):
+    """Device, dtype and compile, chosen where the user did not."""
+    name = run.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name} here: leave --device out to take the best there is") from None
+    cuda = device.type == "cuda"
+    dtype = run.dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
+    return device, getattr(torch, dtype), cuda if run.compile is None else run.compile
+
+
+def windows_of(run, seg):
+    """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
+    T = run.segments * seg
+    if run.data in data.STREAMS:
+        return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
+                lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
+    books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
+    run.tokenizer = books.enc.name
+    piece = None if len(held_out) >= run.batch else -(-sum(map(len, held_out.tokens)) // run.batch)
+    return (data.Bookmarks(books, run.batch, T, run.seed),
+            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece), books.enc.n_vocab)
+
+
+def optimizer_of(room, run):
+    """AdamW; only the matrices of linear layers shrink, no embedding and no memory does."""
+    matrices = {id(m.weight) for m in room.modules() if isinstance(m, nn.Linear)}
+    groups = [dict(params=[p for p in room.parameters() if (id(p) in matrices) == shrink], weight_decay=shrink * run.decay)
+              for shrink in (True, False)]
+    return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
+
+
+def rate(run, step):
+    """The learning rate of a step: a short rise, a plateau, a straight line down to zero."""
+    return run.lr * min(1, (step + 1) / max(1, run.warmup * run.steps), (run.steps - step) / max(1, run.cooldown * run.steps))
+
+
+def validate(room, loader, windows, dtype):
+    """Mean loss in nats a token, and the share of right guesses, on the first windows of the held-out text."""
+    nll, hits, n = 0.0, 0, 0
+    for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
+        nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + (batch.y >= 0).sum().item()
+    return nll / n, hits / n
+
+
+def main(argv):
+    typed, fields = flags(argv)
+    run, saved = Run(**typed), None
+    out = Path(run.out or f"out/{run.room}")
+    last = out / "last.pt"
+    if run.resume:
+        saved = stream.load(last, "checkpoint")
+        was = dict(saved["config"], room=saved["room"])
+        for k, v in dict(fields, room=run.room).items():
+            if v != was[k]:
+                raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or begin elsewhere with --out")
+        run, fields = Run(**{**saved["run"], **typed}), saved["config"]
+    elif last.exists() and not run.overwrite:
+        raise UserError(f"{out} holds a run already: --resume goes on with it, --overwrite begins anew, --out=DIR goes elsewhere")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check(run, world)
+    device, dtype, compile = machine(run)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # the data, the room, the optimizer, and where they stopped
+    torch.manual_seed(run.seed)
+    loader, held_out, vocab = windows_of(run, fields.get("seg", nanomem.gpt.Config.seg))
+    fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number of rows is faster; the last ones are no tokens
+    if fields["vocab"] < vocab:
+        raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
+    room = nanomem.build(run.room, **fields).to(device)
+    optimizer = optimizer_of(room, run)
+    B = run.batch // world                             # rows of this process
+    state, start, best, seconds = stream.detach(room.init_state(B)), 0, math.inf, 0.0
+    if saved:
+        room.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        loader.load_state_dict(saved["loader"])
+        torch.set_rng_state(saved["rng"])
+        state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
+        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        if start >= run.steps:
+            raise UserError(f"{last} has done all of its {start} steps: --steps=N with a larger N goes on")
+    forward = stream.step_of(room, dtype, compile)
+    walk = stream.replay if run.replay else stream.bptt
+
+    def save(step, *names):
+        """Everything that the next step depends on; the rows of the state come together from all processes."""
+        whole = dict(state)
+        for k, v in state.items() if world > 1 else ():
+            parts = [torch.empty_like(v) for _ in range(world)]
+            dist.all_gather(parts, v.contiguous())
+            whole[k] = torch.cat(parts)
+        for name in names if rank == 0 else ():
+            stream.save(out / name, "checkpoint", room=run.room, config=asdict(room.c), run=asdict(run), step=step,
+                        best=best, seconds=seconds, model=room.state_dict(), optimizer=optimizer.state_dict(),
+                        loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
+
+    tokens = run.batch * run.segments * room.c.seg
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.csv", "a" if saved else "w", newline="")
+        table = csv.writer(log)
+        if not saved:
+            table.writerow("step loss validation accuracy lr gradient tokens_per_s minutes".split())
+        print(f"{run.room} on {run.data or 'Moby-Dick'}: {sum(p.numel() for p in room.parameters()) / 1e6:.2f}M parameters, "
+              f"{stream.nbytes(state) / 1024:.0f} KB of state a row; {run.steps} steps of {tokens:,} tokens; "
+              f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
+
+    stop = []   # the first Ctrl-C finishes the step and saves, the second one does not wait
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
+    bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", disable=rank > 0)
+    losses, clock = [], time.perf_counter()
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(run, step)
+        batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
+        scale, loss, ends = (batch.y >= 0).sum(), 0, []
+        if world > 1:
+            dist.all_reduce(scale)             # every row weighs the same wherever it is
+        for i in range(0, B, B // run.accum):
+            part = slice(i, i + B // run.accum)
+            fresh, carried = batch.fresh[part], {k: v[part] for k, v in state.items()}
+            total, end = walk(room, forward, batch.x[part], batch.y[part], stream.enter(room, carried, fresh), 1 / scale)
+            loss = loss + total / scale
+            ends.append(end)
+        state = {k: torch.cat([end[k] for end in ends]) for k in state}
+        vote = torch.stack([loss, loss.new_tensor(float(len(stop)))])
+        if world > 1:                          # no wrapper: it would expect one backward a step, replay makes K
+            for p in room.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+            dist.all_reduce(vote)
+        loss, stopped = vote.tolist()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: try a lower --lr"
+                            + (f"; {last} is the last good checkpoint" if last.exists() else ""))
+        gradient = nn.utils.clip_grad_norm_(room.parameters(), run.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss)
+
+        # report, validate, save
+        done, end = step + 1, step + 1 == run.steps
+        if not (done % run.report == 0 or done % run.validate == 0 or end or stopped):
+            continue
+        spent = time.perf_counter() - clock
+        seconds, speed = seconds + spent, tokens * len(losses) / spent
+        mean, losses, valid, right = sum(losses) / len(losses), [], None, None
+        if rank == 0 and (done % run.validate == 0 or end):
+            valid, right = validate(room, held_out(), run.windows, dtype)
+        if rank == 0:
+            bar.write(f"{done:7d}  loss {mean:6.3f}  " + (f"valid {valid:6.3f} {right:6.1%}" if valid else " " * 19)
+                      + f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"
+                      + f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
+            table.writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60])
+            log.flush()
+        if done % run.validate == 0 or end or stopped:
+            names = ["last.pt"]
+            if valid is not None and valid < best:
+                best, names = valid, ["last.pt", "best.pt"]
+            save(done, *names)
+        if stopped:
+            break
+        clock = time.perf_counter()
+    bar.close()
+    signal.signal(signal.SIGINT, before)
+    if rank == 0:
+        log.close()
+        print(f"stopped after {done} steps, saved: --resume goes on from {last}" if stopped and not end else f"saved {last}")
+    return 130 if stopped and not end else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
