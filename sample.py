@@ -53,7 +53,8 @@ def main(argv):
     s = Sample(**typed)
     if len(words) != 1:
         raise UserError("name one checkpoint: python sample.py out/rmt --prompt=TEXT")
-    for name, good in dict(tokens=s.tokens >= 0, temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1).items():
+    fits = dict(tokens=s.tokens >= 0, temperature=s.temperature >= 0, top_k=s.top_k >= 0, top_p=0 < s.top_p <= 1)
+    for name, good in fits.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     room, checkpoint = nanomem.load(words[0])

@@ -6,6 +6,7 @@
     python train.py --room=rmt --resume              go on where out/rmt stopped, to the bit
     torchrun --nproc_per_node=2 train.py --room=rmt  the same run on several devices
 """
+import contextlib
 import csv
 import math
 import os
@@ -38,7 +39,7 @@ class Run:
     segments: int = 4            # K, segments in a window: how far back-propagation reaches
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that the rows of a step are split into, one after the other
-    lr: float = 2e-3             # peak learning rate of AdamW
+    lr: float = 4e-3             # peak learning rate of AdamW
     warmup: float = 0.02         # part of the steps in which it rises from 0
     cooldown: float = 0.65       # part of the steps in which it falls to 0, at the end
     decay: float = 0.1           # weight decay, of the matrices only
@@ -54,9 +55,8 @@ class Run:
 
 def flags(argv):
     """The command line as a Run's fields and the room's own fields, only what was typed."""
-    names = [v.split("=", 1)[1] if "=" in v else after for v, after in zip(argv, [*argv[1:], ""])
-             if v.split("=")[0] == "--room"]
-    (run, fields), words = cli.parse(argv, Run, nanomem.room_class((names or [Run.room])[-1]).Config)
+    room = cli.peek(argv, "room", Run.room)
+    (run, fields), words = cli.parse(argv, Run, nanomem.room_class(room).Config)
     if words:
         raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
     return run, fields
@@ -74,7 +74,8 @@ def check(run, world):
 
 def machine(run):
     """Device, dtype and compile, chosen where the user did not."""
-    name = run.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = run.device or best
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -104,14 +105,15 @@ def windows_of(run, seg):
 def optimizer_of(room, run):
     """AdamW; only the matrices of linear layers shrink, no embedding and no memory does."""
     matrices = {id(m.weight) for m in room.modules() if isinstance(m, nn.Linear)}
-    groups = [dict(params=[p for p in room.parameters() if (id(p) in matrices) == shrink], weight_decay=shrink * run.decay)
-              for shrink in (True, False)]
+    groups = [dict(params=[p for p in room.parameters() if (id(p) in matrices) == shrink],
+                   weight_decay=shrink * run.decay) for shrink in (True, False)]
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
 
 
 def rate(run, step):
     """The learning rate of a step: a short rise, a plateau, a straight line down to zero."""
-    return run.lr * min(1, (step + 1) / max(1, run.warmup * run.steps), (run.steps - step) / max(1, run.cooldown * run.steps))
+    up, down = run.warmup * run.steps, run.cooldown * run.steps
+    return run.lr * min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
 
 
 def validate(room, loader, windows, dtype):
@@ -122,24 +124,44 @@ def validate(room, loader, windows, dtype):
     return nll / n, hits / n
 
 
+@contextlib.contextmanager
+def ctrl_c():
+    """A list that the first Ctrl-C fills, so that the step can end and be saved; the second one does not wait."""
+    stop = []
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def resumed(last, typed, fields):
+    """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
+    saved = stream.load(last, "checkpoint")
+    was = {**saved["run"], **saved["config"], "room": saved["room"]}
+    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "seed")}
+    for k, v in {**fixed, **fields, "room": typed.get("room", Run.room)}.items():
+        if v != was[k]:
+            raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
+    return saved
+
+
 def main(argv):
     typed, fields = flags(argv)
     run, saved = Run(**typed), None
     out = Path(run.out or f"out/{run.room}")
-    last = out / "last.pt"
+    last, top = out / "last.pt", out / "best.pt"
     if run.resume:
-        saved = stream.load(last, "checkpoint")
-        was = dict(saved["config"], room=saved["room"])
-        for k, v in dict(fields, room=run.room).items():
-            if v != was[k]:
-                raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or begin elsewhere with --out")
+        saved = resumed(last, typed, fields)
         run, fields = Run(**{**saved["run"], **typed}), saved["config"]
+        if saved["step"] >= run.steps:
+            raise UserError(f"{last} has done all of its {run.steps} steps: --steps=N with a larger N goes on")
     elif last.exists() and not run.overwrite:
-        raise UserError(f"{out} holds a run already: --resume goes on with it, --overwrite begins anew, --out=DIR goes elsewhere")
+        raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(run, world)
     device, dtype, compile = machine(run)
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the data, the room, the optimizer, and where they stopped
@@ -159,96 +181,96 @@ def main(argv):
         torch.set_rng_state(saved["rng"])
         state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
         start, best, seconds = saved["step"], saved["best"], saved["seconds"]
-        if start >= run.steps:
-            raise UserError(f"{last} has done all of its {start} steps: --steps=N with a larger N goes on")
     forward = stream.step_of(room, dtype, compile)
     walk = stream.replay if run.replay else stream.bptt
 
-    def save(step, *names):
+    def save(step, *paths):
         """Everything that the next step depends on; the rows of the state come together from all processes."""
         whole = dict(state)
         for k, v in state.items() if world > 1 else ():
             parts = [torch.empty_like(v) for _ in range(world)]
             dist.all_gather(parts, v.contiguous())
             whole[k] = torch.cat(parts)
-        for name in names if rank == 0 else ():
-            stream.save(out / name, "checkpoint", room=run.room, config=asdict(room.c), run=asdict(run), step=step,
-                        best=best, seconds=seconds, model=room.state_dict(), optimizer=optimizer.state_dict(),
+        for path in paths if rank == 0 else ():
+            stream.save(path, "checkpoint", room=run.room, config=asdict(room.c), run=asdict(run), step=step, best=best,
+                        seconds=seconds, model=room.state_dict(), optimizer=optimizer.state_dict(),
                         loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
 
-    tokens = run.batch * run.segments * room.c.seg
+    tokens = run.batch * run.segments * room.c.seg     # a step reads
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.csv", "a" if saved else "w", newline="")
-        table = csv.writer(log)
         if not saved:
-            table.writerow("step loss validation accuracy lr gradient tokens_per_s minutes".split())
-        print(f"{run.room} on {run.data or 'Moby-Dick'}: {sum(p.numel() for p in room.parameters()) / 1e6:.2f}M parameters, "
+            last.unlink(missing_ok=True), top.unlink(missing_ok=True)
+            (out / "log.csv").write_text("step,loss,validation,accuracy,lr,gradient,tokens_per_s,minutes\n")
+        size = sum(p.numel() for p in room.parameters()) / 1e6
+        print(f"{run.room} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
               f"{stream.nbytes(state) / 1024:.0f} KB of state a row; {run.steps} steps of {tokens:,} tokens; "
               f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
 
-    stop = []   # the first Ctrl-C finishes the step and saves, the second one does not wait
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
-    bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", disable=rank > 0)
+    bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.room, disable=rank > 0)
     losses, clock = [], time.perf_counter()
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(run, step)
-        batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
-        scale, loss, ends = (batch.y >= 0).sum(), 0, []
-        if world > 1:
-            dist.all_reduce(scale)             # every row weighs the same wherever it is
-        for i in range(0, B, B // run.accum):
-            part = slice(i, i + B // run.accum)
-            fresh, carried = batch.fresh[part], {k: v[part] for k, v in state.items()}
-            total, end = walk(room, forward, batch.x[part], batch.y[part], stream.enter(room, carried, fresh), 1 / scale)
-            loss = loss + total / scale
-            ends.append(end)
-        state = {k: torch.cat([end[k] for end in ends]) for k in state}
-        vote = torch.stack([loss, loss.new_tensor(float(len(stop)))])
-        if world > 1:                          # no wrapper: it would expect one backward a step, replay makes K
-            for p in room.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-            dist.all_reduce(vote)
-        loss, stopped = vote.tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: try a lower --lr"
-                            + (f"; {last} is the last good checkpoint" if last.exists() else ""))
-        gradient = nn.utils.clip_grad_norm_(room.parameters(), run.clip).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss)
+    with ctrl_c() as stop:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(run, step)
+            batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
+            targets, loss, ends = (batch.y >= 0).sum(), 0, []
+            if world > 1:
+                dist.all_reduce(targets)           # a token weighs the same whichever process has it
+            for i in range(0, B, B // run.accum):
+                rows = slice(i, i + B // run.accum)
+                begin = stream.enter(room, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])
+                total, end = walk(room, forward, batch.x[rows], batch.y[rows], begin, 1 / targets)
+                loss = loss + total / targets
+                ends.append(end)
+            state = {k: torch.cat([end[k] for end in ends]) for k in state}
+            sums = torch.stack([loss, loss.new_tensor(float(len(stop)))])
+            if world > 1:                          # by hand: a wrapper expects one backward a step, replay makes K
+                for p in room.parameters():
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    dist.all_reduce(p.grad)
+                dist.all_reduce(sums)
+            loss, stopped = sums.tolist()
+            gradient = nn.utils.clip_grad_norm_(room.parameters(), run.clip).item()
+            for name, v in dict(loss=loss, gradient=gradient).items():
+                if not math.isfinite(v):
+                    raise UserError(f"the {name} is {v} at step {step}: try a lower --lr"
+                                    + (f"; {last} is the last good checkpoint" if last.exists() else ""))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
 
-        # report, validate, save
-        done, end = step + 1, step + 1 == run.steps
-        if not (done % run.report == 0 or done % run.validate == 0 or end or stopped):
-            continue
-        spent = time.perf_counter() - clock
-        seconds, speed = seconds + spent, tokens * len(losses) / spent
-        mean, losses, valid, right = sum(losses) / len(losses), [], None, None
-        if rank == 0 and (done % run.validate == 0 or end):
-            valid, right = validate(room, held_out(), run.windows, dtype)
-        if rank == 0:
-            bar.write(f"{done:7d}  loss {mean:6.3f}  " + (f"valid {valid:6.3f} {right:6.1%}" if valid else " " * 19)
-                      + f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"
-                      + f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
-            table.writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60])
-            log.flush()
-        if done % run.validate == 0 or end or stopped:
-            names = ["last.pt"]
-            if valid is not None and valid < best:
-                best, names = valid, ["last.pt", "best.pt"]
-            save(done, *names)
-        if stopped:
-            break
-        clock = time.perf_counter()
+            # report, validate, save
+            done = step + 1
+            validates, ends_here = done % run.validate == 0 or done == run.steps, done == run.steps or bool(stopped)
+            if not (validates or ends_here or done % run.report == 0):
+                continue
+            spent = time.perf_counter() - clock
+            seconds, speed = seconds + spent, tokens * len(losses) / spent
+            mean, losses, valid, right = sum(losses) / len(losses), [], None, None
+            if rank == 0:
+                if validates:
+                    valid, right = validate(room, held_out(), run.windows, dtype)
+                held = f"valid {valid:6.3f} {right:6.1%}" if validates else " " * 19
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {held}"
+                          f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"
+                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
+                with open(out / "log.csv", "a", newline="") as f:
+                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60])
+            if validates or ends_here:
+                better = validates and rank == 0 and valid < best
+                best = valid if better else best
+                save(done, last, *([top] if better else []))
+            if stopped:
+                break
+            clock = time.perf_counter()
     bar.close()
-    signal.signal(signal.SIGINT, before)
+    if world > 1:
+        dist.destroy_process_group()
+    finished = done == run.steps
     if rank == 0:
-        log.close()
-        print(f"stopped after {done} steps, saved: --resume goes on from {last}" if stopped and not end else f"saved {last}")
-    return 130 if stopped and not end else 0
+        print(f"saved {last}" if finished else f"stopped after {done} steps and saved: --resume goes on from {last}")
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

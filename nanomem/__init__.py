@@ -11,7 +11,7 @@ ROOMS = {
     "gpt": ("gpt", {}),
     "window": ("xl", dict(slide=True)),
     "xl": ("xl", {}),
-    "full": ("xl", dict(slide=True, window=-16)),
+    "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
 }
 

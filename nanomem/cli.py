@@ -30,9 +30,9 @@ def value(flag, text, kind):
             raise UserError(f"--{flag} is a switch: write --{flag} or --no-{flag}, not --{flag}={text}")
         return text.lower() in ("true", "1", "yes")
     try:
-        return kind(text.replace("_", "")) if kind is int else kind(text)
+        return kind(text)
     except ValueError:
-        raise UserError(f"--{flag} takes {dict(int='a whole number', float='a number')[kind.__name__]}, got '{text}'") from None
+        raise UserError(f"--{flag} takes a {'whole ' if kind is int else ''}number, got '{text}'") from None
 
 
 def parse(argv, *classes):
@@ -66,6 +66,15 @@ def parse(argv, *classes):
     return [{f.name: found[f.name] for f in dataclasses.fields(c) if f.name in found} for c in classes], words
 
 
+def peek(argv, name, default):
+    """The value of one flag, which decides what the others can be."""
+    for word, after in zip(reversed(argv), ["", *reversed(argv)]):
+        flag, given, text = word.partition("=")
+        if flag == f"--{name}":
+            return text if given else after
+    return default
+
+
 def usage(*classes):
     """Print the docstring of the script that runs and every field with its default and comment."""
     print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
@@ -85,5 +94,7 @@ def run(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:   # somebody read enough of our output: | head
         sys.stderr.close()

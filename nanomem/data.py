@@ -1,8 +1,8 @@
 """Text to tokens, tokens to shards, shards to windows; and the synthetic streams, which come as the same windows.
 
-    python -m nanomem.data pg19 --out=data/pg19 --books=500      download PG-19 (all validation and test, 500 for training)
-    python -m nanomem.data pg19 --out=data/pg19 --folder=DIR     the same from DIR/{train,validation,test}/ID.txt
-    python -m nanomem.data text a.txt b.txt --out=data/mine      any text files, one book each
+    python -m nanomem.data pg19 --out=data/pg19 --books=500   download PG-19 (500 of its books for training)
+    python -m nanomem.data pg19 --out=data/pg19 --folder=DIR  the same from DIR/{train,validation,test}/ID.txt
+    python -m nanomem.data text a.txt b.txt --out=data/mine   any text files, one book each
 
 Every script then takes --data=data/pg19.
 """
@@ -43,8 +43,8 @@ def tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except OSError as e:
-            raise UserError(f"the gpt2 vocabulary could not be downloaded ({type(e).__name__}): point TIKTOKEN_CACHE_DIR "
-                            "at a folder that has it, or use --tokenizer=gpt2-4k, which needs no download") from None
+            raise UserError(f"the gpt2 vocabulary could not be downloaded ({type(e).__name__}): point "
+                            "TIKTOKEN_CACHE_DIR at a folder that has it, or use gpt2-4k, which needs none") from None
     if name == "gpt2-4k":
         lines = (HERE / "gpt2-4k.tiktoken").read_bytes().splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
@@ -81,7 +81,7 @@ def read_text(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start} is {e.object[e.start]:#x}): convert it first") from None
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start} is {e.object[e.start]:#x}): convert it") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if not text.strip():
@@ -111,12 +111,13 @@ def hold_out(texts):
 
 
 MAGIC, VERSION = 20240520, 1   # of llm.c's .bin files
+AGAIN = "make the shards again with python -m nanomem.data"
 
 
 def write_shards(out, enc, splits, limit=2 ** 25):
     """Write {split: (name, text) pairs, sized if a bar shall know its end} as shards of at least `limit` tokens.
 
-    <split>_00000.bin       llm.c's: 256 int32 (magic, version, tokens; ours: books, end-of-text id, vocabulary), then uint16
+    <split>_00000.bin       llm.c's: 256 int32 (magic, version, tokens, and ours: books, eot, vocabulary), then uint16
     <split>_00000.idx.npy   int64 (books, 4): first token, tokens, words, bytes. A book never straddles two files
     meta.json               tokenizer, totals and names; written last, so that a folder without it is unfinished
     """
@@ -155,7 +156,7 @@ def write_shards(out, enc, splits, limit=2 ** 25):
                 close()
         if book:
             close()
-        meta["splits"][split] = dict(files=files, names=names, tokens=int(total[0]), words=int(total[1]), bytes=int(total[2]))
+        meta["splits"][split] = dict(zip(("tokens", "words", "bytes"), total.tolist()), files=files, names=names)
     scratch = out / "meta.json.tmp"
     scratch.write_text(json.dumps(meta, indent=1))
     os.replace(scratch, out / "meta.json")
@@ -172,11 +173,11 @@ def open_shards(folder, split):
     except FileNotFoundError:
         raise UserError(f"no shards in {folder} (it has no meta.json): make them with python -m nanomem.data") from None
     except (AssertionError, KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / 'meta.json'} is damaged or not ours: make the shards again with python -m nanomem.data") from None
+        raise UserError(f"{folder / 'meta.json'} is damaged or not ours: {AGAIN}") from None
     if split not in splits:
         raise UserError(f"{folder} has no split {split}: {nearest(split, list(splits))}")
     if ranks != fingerprint(enc):
-        raise UserError(f"{folder} was made with another {enc.name} vocabulary than the one here: make the shards again")
+        raise UserError(f"{folder} was made with another {enc.name} vocabulary than the one here: {AGAIN}")
     books = Books(enc, splits[split]["names"], [], [], [])
     for name in splits[split]["files"]:
         tokens, index = open_shard(folder / f"{name}.bin", folder / f"{name}.idx.npy", enc)
@@ -185,21 +186,21 @@ def open_shards(folder, split):
         books.sizes += index[:, 3].tolist()
     if len(books) != len(books.names):
         raise UserError(f"{folder}: meta.json names {len(books.names)} books of {split}, the shards hold {len(books)}: "
-                        "make them again")
+                        + AGAIN)
     return books
 
 
 def open_shard(path, index_path, enc):
     """One shard's tokens (a memory map) and index, each checked against the other."""
     def refuse(why):
-        raise UserError(f"{path}: {why}: make the shards again with python -m nanomem.data")
+        raise UserError(f"{path}: {why}: {AGAIN}")
     try:
         header = np.fromfile(path, "<i4", 256)
         index = np.load(index_path, allow_pickle=False)
     except OSError as e:
         raise UserError(f"cannot read {e.filename or index_path}: {e.strerror or 'not an index file'}") from None
     except (ValueError, EOFError):
-        raise UserError(f"{index_path} is not an index file: make the shards again with python -m nanomem.data") from None
+        raise UserError(f"{index_path} is not an index file: {AGAIN}") from None
     if len(header) < 256:
         refuse(f"truncated header, {path.stat().st_size} bytes of 1024")
     magic, version, n, docs, eot, vocab = header[:6].tolist()
@@ -220,7 +221,7 @@ def open_shard(path, index_path, enc):
 
 
 def open_books(data, split, name="gpt2-4k"):
-    """The Books of a folder of shards, or with data="" of the embedded Moby-Dick (chapters 1 to 109 | 110 to the end)."""
+    """The Books of a folder of shards, or with data="" of the embedded Moby-Dick (its last tenth is for validation)."""
     if data:
         return open_shards(data, split)
     texts = hold_out([("Moby-Dick", read_text(HERE / "books" / "moby-dick.txt"))])
@@ -237,7 +238,7 @@ class Batch(NamedTuple):
     x: torch.Tensor       # (B, T) tokens
     y: torch.Tensor       # (B, T) the tokens that come next, -1 where nothing is scored
     fresh: torch.Tensor   # (B,) this row opens a new book
-    at: torch.Tensor      # (B, T) where a target stands: tokens into its book, or tokens behind the place of its answer
+    at: torch.Tensor      # (B, T) where a target stands: tokens of its book before it, or since its answer was seen
     book: torch.Tensor    # (B,) which book, -1 for none
 
     def to(self, device):
@@ -296,46 +297,56 @@ class Bookmarks:
         return Batch(*map(torch.from_numpy, (x, y, fresh, at, book)))
 
     def state_dict(self):
-        return dict(dealt=self.dealt, marks=[m and list(m) for m in self.marks])
+        return dict(dealt=self.dealt, marks=[m and list(m) for m in self.marks], pieces=len(self.pieces))
 
     def load_state_dict(self, state):
-        if len(state["marks"]) != self.B:
-            raise UserError(f"the checkpoint has {len(state['marks'])} bookmarks, this run {self.B} rows: keep --batch")
+        here = dict(rows=self.B, pieces=len(self.pieces))
+        then = dict(rows=len(state["marks"]), pieces=state["pieces"])
+        if here != then:
+            raise UserError(f"the bookmarks lie in other books: {then['pieces']} pieces in {then['rows']} rows were "
+                            f"read, here are {here['pieces']} in {here['rows']}")
         self.dealt, self.marks = state["dealt"], [m and tuple(m) for m in state["marks"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic streams. A generator makes x, y and at (B, T) of Batch; every row is a document of its own.
 
-NOISE, KEYS, VALUES, SYMBOLS = 16, 24, 24, 64   # the vocabulary: 16 symbols of filler, then 24 keys, then 24 values
+NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 16, 64   # the vocabulary: 16 symbols of noise, 32 values, 16 keys
 
 
-def recall(rng, B, T, pairs=4):
-    """Key-value pairs strewn over filler; each key comes back once, somewhere later, and asks for its value.
+def filler(rng, B, T):
+    """Noise and values that belong to no key, so that having seen a value says nothing."""
+    return rng.integers(NOISE + VALUES, size=(B, T))
 
-    Both places are drawn uniformly, so that questions inside a segment teach what questions across segments test."""
-    places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :2 * pairs].reshape(B, pairs, 2)
-    plant, ask = np.sort(places, -1).transpose(2, 0, 1)                        # (B, pairs) both
-    key = NOISE + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs]
-    val = NOISE + KEYS + rng.integers(VALUES, size=(B, pairs))
-    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None]
+
+def recall(rng, B, T, pairs=2, asks=0):
+    """Key-value pairs strewn over filler; each key comes back `asks` times and asks for its value (0: as often as makes
+    the pairs half of the text). All places are drawn uniformly, so that questions near their answer teach what
+    questions across segments test; the distance counts from the last time that the pair was seen."""
+    asks = asks or T // (4 * pairs) - 1
+    if not 0 < pairs <= KEYS or pairs * (asks + 1) > T // 2:
+        raise UserError(f"{pairs} pairs that come {asks + 1} times do not fit into {KEYS} keys and {T} tokens")
+    places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
+    places = np.sort(places.reshape(B, pairs, asks + 1))
+    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs, None]
+    value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
+    x, rows = filler(rng, B, T), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    for place in (plant, ask):
-        x[rows, place], x[rows, place + 1] = key, val
-    y[rows, ask], at[rows, ask] = val, ask - plant
+    x[rows, places], x[rows, places + 1] = key, value
+    y[rows, places[..., 1:]], at[rows, places[..., 1:]] = value, np.diff(places)
     return x, y, at
 
 
 def needle(rng, B, T, distance=0):
     """One key and its value somewhere in filler; the last token is the key again and asks for the value, `distance`
     tokens later (0: drawn uniformly, anew for every row)."""
-    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)
+    x, rows = filler(rng, B, T), np.arange(B)
     if not 0 <= distance < T:
         raise UserError(f"a needle at distance {distance} does not fit into {T} tokens")
     distance = np.full(B, distance) if distance else rng.integers(2, T, size=B)
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    x[rows, T - 1 - distance] = x[:, -1] = NOISE + rng.integers(KEYS, size=B)
-    x[rows, T - distance] = y[:, -1] = NOISE + KEYS + rng.integers(VALUES, size=B)
+    x[rows, T - 1 - distance] = x[:, -1] = NOISE + VALUES + rng.integers(KEYS, size=B)
+    x[rows, T - distance] = y[:, -1] = NOISE + rng.integers(VALUES, size=B)
     at[:, -1] = distance
     return x, y, at
 
@@ -395,11 +406,12 @@ def fetch(url, path, tries=5, pause=1.0):
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=60) as answer:
                 if answer.headers.get_content_type() == "text/html":
-                    raise UserError(f"{url} answers with a web page, not with the file: is there a log-in page in between?")
+                    raise UserError(f"{url} answers with a web page, not the file: is there a log-in page in between?")
                 if answer.status != 206:
                     have = 0    # the server sends the whole file again
                 size = have + int(answer.headers["Content-Length"])
-                md5 = [h[4:] for line in answer.headers.get_all("x-goog-hash", []) for h in line.split(",") if h[:4] == "md5="]
+                hashes = ",".join(answer.headers.get_all("x-goog-hash", [])).split(",")
+                md5 = [h.strip()[4:] for h in hashes if h.strip().startswith("md5=")]
                 with open(part, "ab" if have else "wb") as f:
                     while block := answer.read(1 << 16):
                         f.write(block)
@@ -503,7 +515,8 @@ def main(argv):
             raise UserError("text needs files: python -m nanomem.data text FILE... --out=DIR")
         meta = write_shards(make.out, enc, hold_out([(Path(p).stem, read_text(p)) for p in words[1:]]))
     for split, s in meta["splits"].items():
-        print(f"{split:12s} {len(s['names']):6,d} books  {s['tokens']:13,d} tokens  {s['words']:13,d} words  {s['bytes']:14,d} bytes")
+        print(f"{split:12s} {len(s['names']):6,d} books  {s['tokens']:13,d} tokens  {s['words']:13,d} words  "
+              f"{s['bytes']:14,d} bytes")
     print(f"--data={make.out} is ready for train.py and bench.py")
 
 

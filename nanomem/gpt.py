@@ -34,7 +34,7 @@ def norm(x):
 
 
 def angles(pos, D):
-    """RoPE (2104.09864, eq. 15): cosines and sines of positions pos (T,), each (T, D/2)."""
+    """RoPE (2104.09864, eq. 15): the cosines and sines of positions pos (T,), both (T, D/2)."""
     freq = 10_000 ** (-torch.arange(0, D, 2, device=pos.device) / D)
     theta = pos.float()[:, None] * freq                                        # (T, D/2)
     return theta.cos(), theta.sin()
@@ -70,9 +70,8 @@ class Attention(nn.Module):
 
     def forward(self, x, turn, past=None, mask=None):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                                # (B, H, T, D) each
-        q, k = rotate(norm(q), turn).type_as(v), rotate(norm(k), turn).type_as(v)
+        qk, v = self.qkv(x).view(B, T, 3 * self.heads, -1).transpose(1, 2).split([2 * self.heads, self.heads], 1)
+        q, k = rotate(norm(qk), turn).type_as(v).chunk(2, 1)                            # (B, H, T, D) as v
         if past is not None:
             k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
         y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
@@ -108,7 +107,7 @@ class GPT(nn.Module):
     read     nothing
     write    nothing
     paper    GPT-2 (Radford et al. 2019) in the modern dress of the nanoGPT speed runs
-    departs  RoPE, RMSNorm and QK-norm without weights, squared ReLU, no biases, untied head, zero-init projections
+    departs  RoPE, RMSNorm and QK-norm without weights, squared ReLU, no biases, untied head, MLPs that start at zero
     """
     Config = Config
 
@@ -122,15 +121,17 @@ class GPT(nn.Module):
 
     @staticmethod
     def init(module):
-        """Every start in one place: each block begins as the identity, each logit at nearly zero."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        """Every start in one place: maps keep the scale of their input, an MLP begins as nothing, attention with GPT-2's
+        1/sqrt(2 L). Not as nothing too: what is read through zeros gets no gradient, and memories are read there."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
-        if isinstance(module, (Attention, MLP)):
+        if isinstance(module, MLP):
             nn.init.zeros_(module.out.weight)
         if isinstance(module, GPT):
-            nn.init.normal_(module.head.weight, std=0.001)
+            nn.init.normal_(module.embedding.weight, std=0.02)
+            nn.init.normal_(module.head.weight, std=0.02)
+            for block in module.blocks:
+                nn.init.normal_(block.attention.out.weight, std=(2 * module.c.layers * module.c.width) ** -0.5)
 
     def embed(self, tokens):
         return norm(self.embedding(tokens))                                    # (B, T, C)

@@ -10,9 +10,9 @@ from .gpt import GPT
 
 @dataclass
 class Config(gpt.Config):
-    mem: int = -1   # M, memory tokens; -1 takes one for every 8 tokens of a segment
+    mem: int = -1   # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
 
-    M = property(lambda c: c.mem if c.mem >= 0 else -(-c.seg // 8))
+    M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,8 +27,8 @@ class RMT(GPT):
     read     the copy in front is M ordinary rows of the causal sequence [mem ; segment ; mem]
     write    the last hidden states of the copy behind, M_{n+1}; no logit of this segment sees them
     paper    Recurrent Memory Transformer 2207.06881, section 3.2 and figure 2
-    departs  the rows of one copy see each other causally (the paper: both ways), so that the fused kernel needs no mask;
-             our embeddings have unit RMS as hidden states do, so that the memory needs no gain
+    departs  the rows of one copy see each other causally (in the paper both ways), so that the fused kernel needs no
+             mask; our embeddings have unit RMS as hidden states do, so that the memory needs no gain
     """
     Config = Config
 

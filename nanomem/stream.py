@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def step_of(room, dtype=None, compile=False):
         except Exception as e:
             if fast is step:
                 raise
-            print(f"warning: torch.compile failed ({type(e).__name__}), going on without it")
+            print(f"warning: torch.compile failed ({type(e).__name__}), going on without it", file=sys.stderr)
             fast = step
             return fast(*args)
     return compiled
@@ -122,8 +123,8 @@ def replay(room, step, x, y, state, scale):
 
 @torch.no_grad()
 def evaluate(room, loader, windows=None, dtype=None):
-    """Read windows of a loader in order (all of a `once` loader, or the first `windows`), the state carried from one
-    to the next. Yields (batch, nll (B, T) in nats, 0 where nothing is scored, hit (B, T) the most likely token is right).
+    """Read windows of a loader in order (all of a `once` loader, or the first `windows`), the state carried from one to
+    the next. Yields (batch, nll (B, T) in nats, 0 where nothing is scored, hit (B, T): the likeliest token is right).
     """
     state, device = None, device_of(room)
     while windows is None or windows > 0:
@@ -145,8 +146,8 @@ def evaluate(room, loader, windows=None, dtype=None):
 class Reader:
     """A room with a book open in front of it: reads tokens, one or a million in a call, and predicts the next one.
 
-    It holds the state behind the last full segment, and the tokens and the cache of the open one; so what a token costs,
-    in time and in bytes, does not depend on how much was read before.
+    It holds the state behind the last full segment, and the tokens and the cache of the open one; so what a token
+    costs, in time and in bytes, does not depend on how much was read before.
     """
 
     def __init__(self, room, B=1):
@@ -158,7 +159,7 @@ class Reader:
 
     @torch.no_grad()
     def __call__(self, tokens):
-        """Read tokens (B, T), T >= 1. Returns the logits (B, V) of the token that follows; they also stay in .logits."""
+        """Read tokens (B, T), T >= 1. Returns the logits (B, V) of the token that follows; they stay in .logits too."""
         room, S = self.room, self.room.c.seg
         while tokens.size(1):
             T = min(S - self.page.size(1), tokens.size(1))
@@ -191,7 +192,7 @@ class Reader:
     def load(self, path):
         memory = load(path, "memory")
         if memory["weights"] != fingerprint(self.room):
-            raise UserError(f"{path} was remembered by other weights than these: load it with the checkpoint that made it")
+            raise UserError(f"{path} was remembered by other weights: load it with the checkpoint that made it")
         at = device_of(self.room)
         self.turn_page({k: v.to(at) for k, v in memory["state"].items()}, memory["page"].to(at))
         self.count, self.logits = memory["count"], memory["logits"].to(at)
@@ -220,13 +221,14 @@ def save(path, kind, **content):
 
 def load(path, kind):
     """Read what `save` wrote, onto the CPU. Raises UserError if it is missing, cut off, or something else."""
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
         raise UserError(f"{path} is damaged or not a {kind}: it may have been cut off while copying") from None
     found = content.get("format", "") if isinstance(content, dict) else ""
     if found != f"nanomem {kind}":
-        raise UserError(f"{path} is not a {kind} of nanomem" + (f" but a {found.removeprefix('nanomem ')}" if found else ""))
+        but = f" but a {found.removeprefix('nanomem ')}" if found else ""
+        raise UserError(f"{path} is not a {kind} of nanomem{but}")
     return content

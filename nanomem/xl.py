@@ -10,7 +10,7 @@ from .gpt import GPT, angles, rotate
 @dataclass
 class Config(gpt.Config):
     window: int = -1     # W, tokens of the past that are kept; -n keeps n segments
-    slide: bool = False  # each token sees itself and the W before it; if not, its segment and all W kept (Transformer-XL)
+    slide: bool = False  # each token sees itself and the W before it; if not, all W kept and its segment so far
 
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.seg)
 
@@ -20,16 +20,16 @@ class Config(gpt.Config):
 
 
 class XL(GPT):
-    """A cache of the last W tokens, one key and value a layer. The presets are this room with other settings:
-    `window` slides over one segment's length, `full` over sixteen, enough to be full attention for a whole window.
+    """A cache of the last W tokens, one key and value a layer. Two presets are this room with other settings: `window`
+    slides over one segment's length, `full` over eight, which is full attention for the length of a training window.
 
     state    kv (B, L, 2, H, W, D) keys and values, the newest last, keys turned to positions 0..W-1   n (B,) filled
     read     every layer's keys and values are [kept ; this segment], positions run on through both
     write    the last W of the W + S positions; one turn by -S moves their keys to positions 0..W-1
     paper    Transformer-XL 1901.02860, section 3.2 (eq. h~ = [SG(h) ; h]); sliding window as in Longformer 2004.05150
-    departs  keeps keys and values, not hidden states: old tokens are not projected again with newer weights; RoPE takes
-             the place of the relative position terms (section 3.3). Like the paper, Transformer-XL stops the gradient at
-             the cache; slide=True lets it through, so that K segments train as one banded sequence
+    departs  keeps keys and values, not hidden states: old tokens are not projected again with newer weights; RoPE in
+             place of the relative position terms (section 3.3). As in the paper the gradient stops at the cache;
+             slide=True lets it through, so that K segments train as one banded sequence
     """
     Config = Config
 

@@ -9,7 +9,8 @@ from nanomem.cli import UserError
 from conftest import TINY, tiny
 
 S, V = TINY["seg"], TINY["vocab"]
-OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0), rmt=dict(mem=0))
+OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
+           rmt=dict(mem=0))   # each memory switched off
 
 
 def text(B=2, K=3, seed=0):
@@ -25,11 +26,20 @@ def walk(room, tokens, state=None):
     return torch.cat(logits, 1), state
 
 
+def watch(room, seen):
+    """Collect the embedded tokens of every segment, each with its gradient after a backward."""
+    def hook(module, args, y):
+        y.retain_grad()
+        seen.append(y)
+    room.embedding.register_forward_hook(hook)
+
+
 def close(a, b, tolerance=1e-4):
     """States or tensors that agree; relative to their size."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
-    return a.shape == b.shape and a.dtype == b.dtype and (a - b).abs().max() <= tolerance * (1 + b.abs().max()) if a.numel() else True
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and (a.numel() == 0 or bool((a - b).abs().max() <= tolerance * (1 + b.abs().max())))
 
 
 # law 1: state
@@ -145,6 +155,31 @@ def test_replay_gives_the_gradients_of_bptt(room):
         assert (grad[n] - grad2[n]).norm() <= 1e-6 * grad[n].norm(), n
 
 
+def test_a_loss_of_the_mechanism_itself_counts_in_both():
+    """`aux` (B,) in the state: its mean joins the loss of its segment, and its gradient goes through the memory too."""
+    class WithAux(type(nanomem.build("rmt", **TINY))):
+        def init_state(self, B):
+            return dict(super().init_state(B), aux=torch.zeros(B))
+
+        def forward(self, tokens, state):
+            logits, out = super().forward(tokens, state)
+            return logits, dict(out, aux=(out["mem"] - self.mem).pow(4).mean((1, 2)))
+    torch.manual_seed(0)
+    room, tokens, grads = WithAux(nanomem.build("rmt", **TINY).c), text(), []
+    for way in (stream.bptt, stream.replay):
+        room.zero_grad()
+        way(room, stream.step_of(room), tokens, tokens, room.init_state(2), 1 / tokens.numel())
+        grads.append([p.grad for p in room.parameters()])
+    room.zero_grad()
+    state, goal = room.init_state(2), 0
+    for x in tokens.split(S, 1):
+        logits, state = room(x, state)
+        goal = goal + torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()) / 3 + state["aux"].mean() / 3
+    goal.backward()
+    for one, two, p in zip(*grads, room.parameters()):
+        assert close(one, p.grad, 1e-5) and close(two, p.grad, 1e-5)
+
+
 # law 7: memory off is GPT
 
 @torch.no_grad()
@@ -190,13 +225,14 @@ def test_any_size_builds_with_knobs_derived(name):
         assert logits.shape == (2, room.c.seg, room.c.vocab)
 
 
-@pytest.mark.parametrize("wrong, hint", [
-    (("rtm", {}), "did you mean rmt"), (("xl", dict(windwo=3)), "did you mean window"), (("gpt", dict(mem=3)), "no field mem"),
-    (("gpt", dict(width=20, heads=3)), "width 20 does not split into 3 heads"), (("gpt", dict(seg=0)), "seg must be positive, got 0"),
-    (("window", dict(window=0)), "window > 0, got 0"), (("rmt", dict(mem=-2)), "got -2")])
-def test_a_wrong_name_field_or_setting_is_refused_with_the_reason(wrong, hint):
+@pytest.mark.parametrize("name, fields, hint", [
+    ("rtm", {}, "did you mean rmt"), ("xl", dict(windwo=3), "did you mean window"),
+    ("gpt", dict(mem=3), "no field mem"), ("rmt", dict(heads=0), "heads must be positive, got 0"),
+    ("gpt", dict(width=20, heads=3), "width 20 does not split into 3 heads"), ("rmt", dict(mem=-2), "got -2"),
+    ("gpt", dict(seg=0), "seg must be positive, got 0"), ("window", dict(window=0), "window > 0, got 0")])
+def test_a_wrong_name_field_or_setting_is_refused_with_the_reason(name, fields, hint):
     with pytest.raises(UserError, match=hint):
-        nanomem.build(wrong[0], **wrong[1])
+        nanomem.build(name, **fields)
 
 
 def test_a_segment_of_the_wrong_length_is_refused(room):

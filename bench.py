@@ -1,0 +1,423 @@
+"""Compare the rooms: train what is missing, measure, and print one table.
+
+    python bench.py                                       every room, small, on the embedded book: minutes on a laptop
+    python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
+    python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
+    python bench.py --plot                                also draws the curves (needs matplotlib)
+
+    depth    loss, bits per byte and word perplexity of the held-out books, by position in the book
+    recall   accuracy by the distance to the answer, on a stream of key-value pairs
+    cost     training speed, time a decoded token, bytes, each as the context read grows; memory replay against BPTT
+"""
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import platform
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import nanomem
+import train
+from nanomem import cli, data, stream
+from nanomem.cli import UserError
+
+
+@dataclass
+class Bench:
+    rooms: str = ""              # which rooms, with commas between them (without it all)
+    tasks: str = ""              # which of depth, recall, cost (without it all)
+    data: str = ""               # shards for depth; without it the embedded Moby-Dick
+    split: str = "validation"    # books that depth reads
+    out: str = "out/bench"       # folder for checkpoints and report
+    steps: int = 150             # training steps on books
+    recall_steps: int = 500      # training steps on the recall stream
+    batch: int = 8               # rows, on books
+    segments: int = 4            # K, segments in a window
+    layers: int = 4              # of the rooms that read books
+    heads: int = 4               # attention heads
+    width: int = 128             # channels
+    seg: int = 64                # S, tokens in a segment
+    lr: float = 4e-3             # learning rate on books
+    read: int = 100_000          # tokens to read before the last measurement of cost
+    seed: int = 1                # of weights, order of books, and streams
+    device: str = ""             # cpu, cuda, mps
+    compile: bool = False        # compile both sides of the training speeds
+    plot: bool = False           # draw depth.svg and recall.svg
+
+
+TASKS = ("depth", "recall", "cost")
+VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
+EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training what is missing
+
+def trained(argv, out):
+    """The room that train.py makes of these flags: from an earlier run, from the rest of one, or from a new one."""
+    argv = [*argv, f"--out={out}"]
+    typed, fields = train.flags(argv)
+    last = out / "last.pt"
+    extra = ["--overwrite"]
+    if last.exists():
+        with contextlib.suppress(UserError):
+            saved = stream.load(last, "checkpoint")
+            was = {**saved["run"], **saved["config"]}
+            same = all(was[k] == v for k, v in {**typed, **fields}.items())
+            if same and saved["step"] == typed["steps"]:
+                return nanomem.load(last)
+            if same:
+                extra = ["--resume"]
+    with contextlib.redirect_stdout(io.StringIO()):    # its log is in log.csv; the bar stays
+        if train.main([*argv, *extra]):
+            raise KeyboardInterrupt
+    return nanomem.load(last)
+
+
+def flags_of(b, name, task):
+    common = [f"--room={name}", f"--seed={b.seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+    if task == "depth":
+        same = ("data", "steps", "batch", "segments", "lr", "layers", "heads", "width", "seg")
+        return [*common, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same]]
+    return [*common, "--data=recall", f"--steps={b.recall_steps}", "--batch=64", "--segments=4", "--lr=5e-3",
+            "--layers=2", "--heads=2", "--width=64", "--seg=16", f"--validate={b.recall_steps}"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# depth
+
+def depth(room, checkpoint, b):
+    """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books."""
+    books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
+    loader = data.Bookmarks(books, min(b.batch * 4, len(books)), room.c.seg * b.segments, once=True)
+    losses = [np.zeros(len(t) - 1) for t in books.tokens]
+    for batch, nll, _ in stream.evaluate(room, loader):
+        batch, nll = batch.to("cpu"), nll.cpu()
+        for row, i in enumerate(batch.book.tolist()):
+            scored = batch.y[row] >= 0
+            losses[i][batch.at[row][scored]] = nll[row][scored]
+
+    def score(lo, hi):
+        nats = sum(x[lo:hi].sum() for x in losses)
+        text = [books.enc.decode_bytes(t[1 + lo:1 + hi].tolist()) for t in books.tokens]
+        n, size, words = sum(len(x[lo:hi]) for x in losses), sum(map(len, text)), sum(len(t.split()) for t in text)
+        return dict(start=lo, end=min(hi, longest), tokens=n, loss=nats / n, bits_per_byte=nats / math.log(2) / size,
+                    word_perplexity=math.exp(nats / words))
+    longest = max(map(len, losses))
+    return dict(books=len(books), parameters=sum(p.numel() for p in room.parameters()), all=score(0, longest),
+                by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# recall
+
+def recall(room, segments=8, batches=32, seed=0):
+    """Accuracy on the recall stream by the distance to the answer in whole segments; each pair is seen only three
+    times, so that the distances are long."""
+    loader = data.Synthetic("recall", 64, segments * room.c.seg, seed=(seed, 2), asks=2)
+    right, total = np.zeros(segments), np.zeros(segments)
+    for batch, _, hit in stream.evaluate(room, loader, batches):
+        scored = batch.y >= 0
+        far = (batch.at[scored] // room.c.seg).cpu().numpy()
+        right += np.bincount(far, hit[scored].cpu().numpy(), segments)
+        total += np.bincount(far, minlength=segments)
+    return [dict(segments=i, accuracy=right[i] / n, questions=int(n)) for i, n in enumerate(total) if n]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cost
+
+class Plain(nn.Module):
+    """The other side of the speed comparison: nanoGPT's model (LayerNorm, learned positions, GELU, tied head)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.token, self.position = nn.Embedding(c.vocab, c.width), nn.Embedding(c.seg, c.width)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.head.weight = self.token.weight
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            ln1=nn.LayerNorm(c.width), qkv=nn.Linear(c.width, 3 * c.width), out=nn.Linear(c.width, c.width),
+            ln2=nn.LayerNorm(c.width), up=nn.Linear(c.width, 4 * c.width), down=nn.Linear(4 * c.width, c.width)))
+            for _ in range(c.layers))
+        self.ln = nn.LayerNorm(c.width)
+
+    def forward(self, tokens, state):
+        x = self.token(tokens) + self.position.weight[:tokens.size(1)]
+        for b in self.blocks:
+            q, k, v = (y.unflatten(2, (self.c.heads, -1)).transpose(1, 2) for y in b["qkv"](b["ln1"](x)).chunk(3, 2))
+            x = x + b["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + b["down"](F.gelu(b["up"](b["ln2"](x))))
+        return self.head(self.ln(x)), state
+
+    def init_state(self, B):
+        return {}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive at once, .peak is the most, of those made inside the `with`. Eager only."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key not in self.seen and storage.nbytes():
+                    self.seen[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.drop, key)
+        return out
+
+    def drop(self, key):
+        self.now -= self.seen.pop(key, 0)
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(device, *functions, rounds=7):
+    """Seconds of each function, (functions, rounds); timed in turn in every round, so that a slow minute hits them alike
+    and ratios within a round can be trusted."""
+    times = np.zeros((len(functions), rounds + 1))
+    for r in range(rounds + 1):
+        for i, f in enumerate(functions):
+            wait(device)
+            start = time.perf_counter()
+            f()
+            wait(device)
+            times[i, r] = time.perf_counter() - start
+    return times[:, 1:]   # the first round warms up
+
+
+def training_step(room, rows, K, walk=stream.bptt, compile=False):
+    """A step of training as train.py makes it, on random tokens: forward, backward, update."""
+    c, device = room.c, stream.device_of(room)
+    x = torch.randint(c.vocab, (rows, K * c.seg), device=device)
+    optimizer = torch.optim.AdamW(room.parameters(), fused=True)
+    forward, state = stream.step_of(room, compile=compile), room.init_state(rows)
+
+    def step():
+        walk(room, forward, x, x, stream.detach(state), 1 / x.numel())
+        nn.utils.clip_grad_norm_(room.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def held(reader):
+    """Bytes that a reader keeps between two calls: its state, its page, and the cache of the open segment."""
+    return sum(t.nbytes for t in tree_leaves([reader.state, reader.page, reader.cache]) if isinstance(t, torch.Tensor))
+
+
+def cost(room, b):
+    """What training and reading cost, and how that grows with what was read."""
+    c, device = room.c, stream.device_of(room)
+    plain = Plain(c).to(device)
+    tokens = b.batch * b.segments * c.seg
+    ours, theirs = seconds(device, *(training_step(m, b.batch, b.segments, compile=b.compile) for m in (room, plain)))
+
+    # decoding after a little and after a lot was read: one whole segment each, in turn
+    depths = sorted({1024, *(d for d in (16_384, 131_072) if d < b.read), b.read})
+    readers, kept, peaks = [], [], []
+    book = torch.randint(c.vocab, (1, max(depths)), device=device)
+    room.eval()
+    for d in depths:
+        reader = stream.Reader(room)
+        reader(book[:, :d // c.seg * c.seg])
+        with torch.no_grad(), LiveBytes() as live:
+            reader(book[:, :c.seg + 1])
+        readers.append(reader)
+        kept.append(held(reader))
+        peaks.append(live.peak)
+    room.train()
+    decode = [lambda r=r: [r(book[:, i:i + 1]) for i in range(c.seg)] for r in readers]
+    times = seconds(device, *decode, rounds=9)
+    return dict(training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
+                state_bytes=stream.nbytes(room.init_state(1)),
+                reading=[dict(read=d, decode_ms=1000 * t / c.seg, held=h, peak=p)
+                         for d, t, h, p in zip(depths, np.median(times, 1), kept, peaks)],
+                decode_growth=np.median(times[-1] / times[0]))
+
+
+def replay_cost(room, b):
+    """Peak activation bytes of back-propagation and of memory replay through 4 and 16 segments, and their times."""
+    found = {}
+    for name, walk in dict(bptt=stream.bptt, replay=stream.replay).items():
+        for K in (4, 16):
+            step = training_step(room, 2, K, walk)
+            step()                                          # the optimizer makes its own tensors once
+            with LiveBytes() as live:
+                step()
+            found[f"{name}_{K}"] = live.peak
+    both = (training_step(room, 2, 16, walk) for walk in (stream.bptt, stream.replay))
+    bptt, replay = seconds(stream.device_of(room), *both)
+    return dict(found, bptt_grows=found["bptt_16"] / found["bptt_4"],
+                replay_grows=found["replay_16"] / found["replay_4"], replay_time=np.median(replay / bptt))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+def table(head, rows):
+    """A Markdown table whose columns line up."""
+    cells = [head, ["-"] * len(head), *[[str(c) for c in row] for row in rows]]
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    cells[1] = ["-" * wide[0], *["-" * (w - 1) + ":" for w in wide[1:]]]
+    rows = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def size(n):
+    """Bytes for people."""
+    return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KB" if n < 2 ** 20 else f"{n / 2 ** 20:.1f} MB"
+
+
+def summary(found):
+    """The one table: a line a room, the columns of the tasks that ran."""
+    head, rows = ["room"], {name: [name] for name in found["rooms"]}
+    for name, r in found["rooms"].items():
+        cells = {}
+        if "depth" in r:
+            score = r["depth"]["all"]
+            cells.update({"parameters": f"{r['depth']['parameters'] / 1e6:.2f}M", "loss": f"{score['loss']:.3f}",
+                          "bits/byte": f"{score['bits_per_byte']:.3f}", "word ppl": f"{score['word_perplexity']:.0f}"})
+        if "recall" in r:
+            cells.update({f"recall at {s['segments']}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
+        if "cost" in r:
+            c = r["cost"]
+            cells.update({"state/row": size(c["state_bytes"]),
+                          "train tok/s": f"{c['training_tokens_per_s'] / 1e3:.1f}k",
+                          "ms/token": f"{c['reading'][0]['decode_ms']:.2f}",
+                          f"after {c['reading'][-1]['read'] // 1000:,}k": f"{c['decode_growth']:.2f}x"})
+        head, rows[name] = ["room", *cells], [name, *cells.values()]
+    return table(head, rows.values())
+
+
+def details(found):
+    """The curves behind the one table."""
+    parts = []
+
+    def part(title, task, columns, cells, last=None):
+        rows = {name: r[task] for name, r in found["rooms"].items() if task in r}
+        if rows:
+            first = next(iter(rows.values()))
+            lines = [[name, *cells(r)] for name, r in rows.items()] + ([["", *last(first)]] if last else [])
+            body = table(["room", *columns(first)], lines)
+            parts.append(f"{title(first)}\n\n{body}")
+
+    part(lambda r: f"Loss in nats a token by position in the book (held-out books: {r['books']}):", "depth",
+         lambda r: [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]],
+         lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
+    part(lambda r: "Recall accuracy by distance to the answer in whole segments, trained on windows of 4 segments, "
+                   f"tested on 8 (chance {1 / data.VALUES:.0%}; the number of questions in the last line):", "recall",
+         lambda r: [str(s["segments"]) for s in r], lambda r: [f"{s['accuracy']:.0%}" for s in r],
+         lambda r: [f"{s['questions']:,}" for s in r])
+    part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
+         lambda r: [f"{x['read']:,}" for x in r["reading"]],
+         lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
+    replay = ["bptt_4", "bptt_16", "replay_4", "replay_16"]
+    part(lambda r: "Peak bytes of a training step through 4 and 16 segments, by back-propagation and by memory replay, "
+                   "how each grows, and the time of replay over that of back-propagation at 16:", "cost",
+         lambda r: [k.replace("_", ", ") for k in replay] + ["bptt grows", "replay grows", "replay time"],
+         lambda r: [size(r["replay"][k]) for k in replay]
+         + [f"{r['replay'][k]:.2f}x" for k in ("bptt_grows", "replay_grows", "replay_time")])
+    gpt = found["rooms"].get("gpt", {}).get("cost")
+    if gpt:
+        parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
+                     f"{'compiled' if found['settings']['compile'] else 'eager'}: {gpt['speed_over_plain']:.2f}x")
+    return "\n\n".join(parts)
+
+
+def draw(found, out):
+    """depth.svg and recall.svg, a line a room."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+    for task, x, y, label in (("depth", "end", "loss", ("tokens read of the book", "loss, nats a token")),
+                              ("recall", "segments", "accuracy", ("distance to the answer, segments", "accuracy"))):
+        if not any(task in r for r in found["rooms"].values()):
+            continue
+        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        for name, r in found["rooms"].items():
+            points = r[task]["by_position"] if task == "depth" else r[task]
+            axes.plot([p[x] for p in points], [p[y] for p in points], marker="o", label=name)
+        axes.set(xlabel=label[0], ylabel=label[1], xscale="log" if task == "depth" else "linear")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(out / f"{task}.svg")
+        plt.close(figure)
+
+
+def names(text, known, flag):
+    chosen = [w.strip() for w in text.split(",") if w.strip()] or list(known)
+    for w in chosen:
+        if w not in known:
+            raise UserError(f"--{flag}={w} is none of them: {cli.nearest(w, list(known))}")
+    return chosen
+
+
+def main(argv):
+    (typed,), words = cli.parse(argv, Bench)
+    b = Bench(**typed)
+    if words:
+        raise UserError(f"bench.py takes only flags, got {words[0]}")
+    rooms, tasks = names(b.rooms, nanomem.ROOMS, "rooms"), names(b.tasks, TASKS, "tasks")
+    if b.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if b.read < 2048:
+        raise UserError(f"--read={b.read} is too little to compare with the cost after 1,024 tokens: at least 2048")
+    out, start = Path(b.out), time.perf_counter()
+    device = train.machine(train.Run(device=b.device))[0]
+    chip = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
+    found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
+                 settings=asdict(b), rooms={name: {} for name in rooms})
+    bar = tqdm([(name, task) for task in TASKS if task in tasks for name in rooms], unit="job")
+    for name, task in bar:
+        bar.set_description(f"{task} of {name}")
+        torch.manual_seed(b.seed)
+        if task == "cost":
+            room = nanomem.build(name, layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB).to(device)
+            result = dict(cost(room, b), replay=replay_cost(room, b))
+        else:
+            room, checkpoint = trained(flags_of(b, name, task), out / f"{task}-{name}")
+            room.to(device).eval()
+            result = recall(room, seed=b.seed) if task == "recall" else depth(room, checkpoint, b)
+        found["rooms"][name][task] = result
+    found["minutes"] = (time.perf_counter() - start) / 60
+    tokens = b.batch * b.segments * b.seg
+    report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "
+              f"tokens on {b.data or 'Moby-Dick'}, {b.recall_steps} of 4,096 on recall; seed {b.seed}")
+    print(f"\n{report}\n\n{summary(found)}\n\n{details(found)}\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(found, indent=1, default=float))
+    (out / "report.md").write_text(f"```\n{report}\n```\n\n{summary(found)}\n\n{details(found)}\n")
+    if b.plot:
+        draw(found, out)
+    print(f"written to {out}: report.md, report.json" + (", depth.svg, recall.svg" if b.plot else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,125 @@
+"""bench.py on tiny settings: every task runs, what was trained is used again, and its instruments measure right."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import nanomem
+import train
+from nanomem import data, stream
+from nanomem.cli import UserError
+
+from conftest import tiny
+
+SMALL = ["--steps=2", "--recall_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16",
+         "--batch=2", "--segments=2", "--read=2048"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    texts = [(str(i), f"Book {i}. " * (200 * i)) for i in range(1, 5)]
+    data.write_shards(tmp_path / "shards", data.tokenizer("bytes"), dict(train=texts[:2], validation=texts[2:]))
+    return tmp_path / "shards"
+
+
+def test_the_whole_bench_runs_and_runs_again_without_training(tmp_path, shards, capsys, monkeypatch):
+    argv = [*SMALL, "--rooms=gpt,xl,rmt", f"--data={shards}", f"--out={tmp_path / 'out'}"]
+    assert bench.main(argv) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    text = (tmp_path / "out" / "report.md").read_text()
+    for name in ("gpt", "xl", "rmt"):
+        room = report["rooms"][name]
+        assert room["depth"]["all"]["loss"] > 0 and room["recall"][0]["questions"] > 0
+        assert room["cost"]["decode_growth"] > 0 and f"| {name} " in text
+    assert report["rooms"]["gpt"]["cost"]["state_bytes"] == 0
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("trained again"))
+    assert bench.main([*argv, "--tasks=depth,recall"]) == 0
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(again["rooms"][n]["depth"]["all"] == report["rooms"][n]["depth"]["all"] for n in again["rooms"])
+
+
+def test_other_settings_train_anew(tmp_path, shards):
+    argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
+    bench.main(argv)
+    bench.main([*argv, "--width=32"])
+    assert nanomem.load(tmp_path / "out" / "depth-gpt")[1]["config"]["width"] == 32
+
+
+@pytest.mark.parametrize("argv, why", [
+    (["--rooms=gpt,xk"], "--rooms=xk is none of them: did you mean xl"), (["--tasks=deep"], "did you mean depth"),
+    (["--read=10"], "--read=10 is too little"), (["--step=3"], "unknown flag --step: did you mean steps"),
+    (["gpt"], "takes only flags")])
+def test_a_wrong_flag_is_one_sentence(argv, why):
+    with pytest.raises(UserError, match=why):
+        bench.main(argv)
+
+
+def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        bench.main([*SMALL, "--plot"])
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    bench.main([*SMALL, "--rooms=gpt,rmt", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
+    assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall"))
+
+
+@torch.no_grad()
+def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
+    room = tiny("rmt", vocab=320)
+    books = data.open_shards(shards, "validation")
+    found = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2))
+    nats = 0.0
+    for tokens in books.tokens:                               # the slow way: a book at a time
+        ids, state = torch.tensor(tokens.astype(np.int64))[None], room.init_state(1)
+        for i in range(0, ids.size(1) - 1, room.c.seg):
+            x, y = ids[:, i:i + room.c.seg], ids[:, i + 1:i + 1 + room.c.seg]
+            logits, state = room(torch.nn.functional.pad(x, (0, room.c.seg - x.size(1))), state)
+            nats += torch.nn.functional.cross_entropy(logits[0, :y.size(1)], y[0], reduction="sum").item()
+    n = sum(books.sizes)
+    assert found["all"]["tokens"] == n and abs(found["all"]["loss"] - nats / n) < 1e-4
+    assert abs(found["all"]["bits_per_byte"] - nats / n / np.log(2)) < 1e-4     # one byte a token
+    assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(books.words)) - 1) < 1e-3
+    assert found["parameters"] == sum(p.numel() for p in room.parameters())
+    assert sum(s["tokens"] for s in found["by_position"]) == n
+
+
+def test_live_bytes_counts_what_is_alive_at_once():
+    with bench.LiveBytes() as live:
+        a = torch.ones(256)
+        b = a + 1
+        b.view(16, 16)
+        del a
+        c = b * 2
+    assert live.peak == 2 * 1024 and live.now == 2 * 1024 and c.numel()
+
+
+@pytest.mark.parametrize("name", nanomem.ROOMS)
+def test_replay_holds_one_segment_however_many_there_are(name):
+    """Peak bytes of a step: flat in K for replay but for states and tokens, growing for back-propagation."""
+    def peak(walk, K):
+        step = bench.training_step(tiny(name), 4, K, walk)
+        step()
+        with bench.LiveBytes() as live:
+            step()
+        return live.peak
+    assert peak(stream.bptt, 16) > 2 * peak(stream.bptt, 4)
+    room = tiny(name)
+    kept = 4 * (stream.nbytes(room.init_state(1)) + 8 * room.c.seg)     # of 4 rows, for a segment: state and token ids
+    assert peak(stream.replay, 16) - peak(stream.replay, 4) <= 12 * kept * 1.1
+
+
+def test_the_plain_model_is_as_large_as_gpt():
+    c = nanomem.build("gpt").c
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    gpt, plain = nanomem.build("gpt"), bench.Plain(c)
+    assert plain(torch.zeros(2, c.seg, dtype=torch.long), {})[0].shape == (2, c.seg, c.vocab)
+    assert abs(size(gpt) - gpt.head.weight.numel() - size(plain)) < 0.05 * size(gpt)   # it ties its head
+
+
+def test_names_with_spaces_and_none_mean_all():
+    assert bench.names("", bench.TASKS, "tasks") == list(bench.TASKS)
+    assert bench.names("depth, cost", bench.TASKS, "tasks") == ["depth", "cost"]

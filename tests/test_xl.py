@@ -1,0 +1,98 @@
+"""Sliding window, Transformer-XL and full attention against one pass over the whole text."""
+import pytest
+import torch
+
+from nanomem import stream
+from nanomem.gpt import GPT, angles, rotate
+
+from conftest import TINY, tiny
+from test_room import S, close, text, walk, watch
+
+
+def whole(room, tokens, visible):
+    """Logits of one pass over all tokens with an explicit T x T mask: the slow definition."""
+    return room.head(room.trunk(room.embed(tokens), mask=visible)[0])
+
+
+def ij(T):
+    return torch.arange(T)[:, None], torch.arange(T)
+
+
+@torch.no_grad()
+def test_full_attention_is_one_causal_pass_over_everything():
+    room = tiny("full")
+    assert close(walk(room, text(K=4))[0], whole(room, text(K=4), None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("W", [1, 5, S, S + 9, 3 * S])
+def test_a_sliding_window_is_one_pass_with_a_banded_mask(W):
+    room = tiny("window", window=W)
+    i, j = ij(4 * S)
+    assert close(walk(room, text(K=4))[0], whole(room, text(K=4), (j <= i) & (j >= i - W)))
+
+
+def test_a_sliding_window_has_the_gradients_of_that_one_pass():
+    room, tokens = tiny("window", window=20).double(), text(K=3)
+    i, j = ij(3 * S)
+    state = room.init_state(2)
+    state["kv"] = state["kv"].double()
+    found = []
+    for logits in (lambda: walk(room, tokens, state)[0], lambda: whole(room, tokens, (j <= i) & (j >= i - 20))):
+        room.zero_grad()
+        logits().square().sum().backward()
+        found.append([p.grad for p in room.parameters()])
+    assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(*found))
+
+
+@torch.no_grad()
+def test_transformer_xl_sees_its_segment_and_the_w_tokens_before_it():
+    room = tiny("xl", window=40, layers=1)       # one layer: what was cached does not depend on what could be seen
+    i, j = ij(3 * S)
+    assert close(walk(room, text())[0], whole(room, text(), (j <= i) & (j >= i // S * S - 40)))
+
+
+def test_transformer_xl_stops_the_gradient_at_its_cache_and_a_sliding_window_does_not():
+    for name, reaches in dict(xl=False, window=True).items():
+        room, grads = tiny(name), []
+        watch(room, grads)
+        walk(room, text(K=2))[0][:, S:].sum().backward()
+        assert (grads[0].grad is not None and grads[0].grad.abs().sum() > 0) == reaches
+        assert grads[1].grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_the_cache_is_the_last_w_keys_and_values_at_positions_0_to_w():
+    room = tiny("xl", window=40, layers=1)
+    tokens = text(K=3)
+    state = walk(room, tokens)[1]
+    _, cache = GPT.trunk(room, room.embed(tokens[:, -40:]))
+    assert state["n"].tolist() == [40, 40]
+    assert close(state["kv"][:, 0, 0], cache[0][0]) and close(state["kv"][:, 0, 1], cache[0][1])
+
+
+@torch.no_grad()
+def test_only_the_filled_part_of_the_cache_is_seen():
+    room, tokens = tiny("xl", window=3 * S), text(K=2)
+    state = walk(room, tokens)[1]
+    junk = dict(state, kv=torch.where(torch.arange(3 * S)[:, None] < S, 1e3, state["kv"]))   # the 2 S newest are real
+    assert state["n"].tolist() == [2 * S, 2 * S]
+    assert torch.equal(room(tokens[:, :S], state)[0], room(tokens[:, :S], junk)[0])
+
+
+@torch.no_grad()
+def test_reach_grows_with_depth_a_window_per_layer():
+    """What a stack of L windows of W can see: L W tokens back and no further."""
+    W, tokens = 20, text(B=1, K=3)
+    for layers in (1, 2, 3):
+        room, other = tiny("window", window=W, layers=layers), tokens.clone()
+        other[:, 0] += 1
+        moved = (walk(room, tokens)[0] - walk(room, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
+        assert moved.nonzero().max() == layers * W
+
+
+def test_turns_add_up():
+    x = torch.randn(2, 3, 8, 16, dtype=torch.double)
+    by = lambda n: angles(torch.full((1,), n), 16)
+    assert torch.allclose(rotate(rotate(x, by(7)), by(-3)), rotate(x, by(4)), atol=1e-5)
+    assert torch.allclose(rotate(x, by(5)).norm(dim=-1), x.norm(dim=-1))
