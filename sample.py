@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import nanomem
+import train
 from nanomem import cli, data, stream
 from nanomem.cli import UserError
 
@@ -28,7 +29,7 @@ class Sample:
     seed: int = 0             # of the choices
     save_memory: str = ""     # file for what is remembered at the end
     load_memory: str = ""     # file of an earlier --save-memory to go on from
-    device: str = "cpu"       # cpu, cuda, mps
+    device: str = ""          # cpu, cuda, mps (without it the best there is)
 
 
 def picker(s, vocab, device):
@@ -61,7 +62,8 @@ def main(argv):
     if checkpoint["run"]["data"] in data.STREAMS:
         raise UserError(f"{words[0]} was trained on the stream {checkpoint['run']['data']}, which is no text")
     enc = data.tokenizer(checkpoint["run"]["tokenizer"])
-    reader = stream.Reader(room.to(s.device).eval())
+    device = train.machine(train.Run(device=s.device))[0]
+    reader = stream.Reader(room.to(device).eval())
 
     piped = s.file == "-" or not (s.file or s.prompt or s.load_memory or sys.stdin.isatty())
     try:
@@ -75,11 +77,11 @@ def main(argv):
         ids = [enc.eot_token, *ids]                        # every book begins with it
     step = 64 * room.c.seg                                 # tokens between two moves of the bar
     for i in tqdm(range(0, len(ids), step), desc="reading", unit=f"x{step} tokens", disable=len(ids) <= step):
-        reader(torch.tensor([ids[i:i + step]], device=s.device))
+        reader(torch.tensor([ids[i:i + step]], device=device))
 
     print(s.prompt, end="", flush=True)
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode   # a character may be spread over several tokens
-    for token in reader.generate(s.tokens, picker(s, enc.n_vocab, s.device)):
+    for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
         if token.item() == enc.eot_token:
             break
         print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)

@@ -95,6 +95,7 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:   # somebody read enough of our output: | head
         sys.stderr.close()

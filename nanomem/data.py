@@ -9,6 +9,7 @@ Every script then takes --data=data/pg19.
 import base64
 import csv
 import hashlib
+import http.client
 import itertools
 import json
 import os
@@ -106,6 +107,8 @@ def hold_out(texts):
         n = max(1, len(texts) // 10)
         return dict(train=texts[:-n], validation=texts[-n:])
     name, text = texts[0]
+    if len(text) < 100:
+        raise UserError(f"{name} is too short to train on: {len(text)} characters")
     cut = text.rfind("\n\n", 0, len(text) * 9 // 10) + 1 or len(text) * 9 // 10
     return dict(train=[(name, text[:cut])], validation=[(name + ", the end", text[cut:])])
 
@@ -324,8 +327,8 @@ def recall(rng, B, T, pairs=2, asks=0):
     the pairs half of the text). All places are drawn uniformly, so that questions near their answer teach what
     questions across segments test; the distance counts from the last time that the pair was seen."""
     asks = asks or T // (4 * pairs) - 1
-    if not 0 < pairs <= KEYS or pairs * (asks + 1) > T // 2:
-        raise UserError(f"{pairs} pairs that come {asks + 1} times do not fit into {KEYS} keys and {T} tokens")
+    if not 0 < pairs <= KEYS or asks < 1 or pairs * (asks + 1) > T // 2:
+        raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
     places = np.sort(places.reshape(B, pairs, asks + 1))
     key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs, None]
@@ -341,7 +344,7 @@ def needle(rng, B, T, distance=0):
     """One key and its value somewhere in filler; the last token is the key again and asks for the value, `distance`
     tokens later (0: drawn uniformly, anew for every row)."""
     x, rows = filler(rng, B, T), np.arange(B)
-    if not 0 <= distance < T:
+    if not 0 <= distance < T or T < 3:
         raise UserError(f"a needle at distance {distance} does not fit into {T} tokens")
     distance = np.full(B, distance) if distance else rng.integers(2, T, size=B)
     y, at = np.full_like(x, -1), np.zeros_like(x)
@@ -407,6 +410,8 @@ def fetch(url, path, tries=5, pause=1.0):
             with urllib.request.urlopen(request, timeout=60) as answer:
                 if answer.headers.get_content_type() == "text/html":
                     raise UserError(f"{url} answers with a web page, not the file: is there a log-in page in between?")
+                if not answer.headers["Content-Length"]:
+                    raise UserError(f"{url} comes without a size, so that a broken download could not be told")
                 if answer.status != 206:
                     have = 0    # the server sends the whole file again
                 size = have + int(answer.headers["Content-Length"])
@@ -422,7 +427,7 @@ def fetch(url, path, tries=5, pause=1.0):
                 part.unlink()
             why = f"HTTP {e.code}"
             continue
-        except OSError as e:    # URLError, a reset, a time-out
+        except (OSError, http.client.HTTPException) as e:   # no server, a reset, a time-out, a broken answer
             why = str(getattr(e, "reason", e)) or type(e).__name__
             continue
         got = part.stat().st_size

@@ -214,8 +214,20 @@ def test_the_answer_stands_where_the_distance_says(name):
 
 def test_a_needle_lies_at_the_distance_asked_for():
     assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
-    with pytest.raises(UserError, match="distance 64 does not fit into 64"):
-        data.Synthetic("needle", 4, 64, distance=64).next()
+    for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
+                      (lambda: data.Synthetic("recall", 4, 64, pairs=17), "17 pairs that are asked for"),
+                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times")]:
+        with pytest.raises(UserError, match=why):
+            make().next()
+
+
+def test_a_single_book_holds_out_its_own_end():
+    text = "A line of it.\n\n" * 100
+    split = data.hold_out([("book", text)])
+    (_, begin), (_, end) = split["train"][0], split["validation"][0]
+    assert begin + end == text and 0.85 < len(begin) / len(text) < 0.91 and begin.endswith("\n")
+    with pytest.raises(UserError, match="too short to train on: 6 characters"):
+        data.hold_out([("book", "Whale!")])
 
 
 # PG-19, from a server with the bucket's layout
