@@ -41,8 +41,8 @@ class Bench:
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
     out: str = "out/bench"       # folder for checkpoints and report
-    steps: int = 150             # training steps on books
-    recall_steps: int = 500      # training steps on the recall stream
+    steps: int = 120             # training steps on books
+    recall_steps: int = 400      # training steps on the recall stream
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
     layers: int = 4              # of the rooms that read books
@@ -124,8 +124,8 @@ def depth(room, checkpoint, b):
 # recall
 
 def recall(room, segments=8, batches=32, seed=0):
-    """Accuracy on the recall stream by the distance to the answer in whole segments; each pair is seen only three
-    times, so that the distances are long."""
+    """Accuracy on the recall stream by the distance to the answer in whole segments, as far as there are 50 questions;
+    each pair is seen only three times, so that the distances are long."""
     loader = data.Synthetic("recall", 64, segments * room.c.seg, seed=(seed, 2), asks=2)
     right, total = np.zeros(segments), np.zeros(segments)
     for batch, _, hit in stream.evaluate(room, loader, batches):
@@ -133,7 +133,7 @@ def recall(room, segments=8, batches=32, seed=0):
         far = (batch.at[scored] // room.c.seg).cpu().numpy()
         right += np.bincount(far, hit[scored].cpu().numpy(), segments)
         total += np.bincount(far, minlength=segments)
-    return [dict(segments=i, accuracy=right[i] / n, questions=int(n)) for i, n in enumerate(total) if n]
+    return [dict(segments=i, accuracy=right[i] / n, questions=int(n)) for i, n in enumerate(total) if n >= 50]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def replay_cost(room, b):
                 step()
             found[f"{name}_{K}"] = live.peak
     both = (training_step(room, 2, 16, walk) for walk in (stream.bptt, stream.replay))
-    bptt, replay = seconds(stream.device_of(room), *both)
+    bptt, replay = seconds(stream.device_of(room), *both, rounds=3)
     return dict(found, bptt_grows=found["bptt_16"] / found["bptt_4"],
                 replay_grows=found["replay_16"] / found["replay_4"], replay_time=np.median(replay / bptt))
 
@@ -349,10 +349,11 @@ def details(found):
 
 
 def draw(found, out):
-    """depth.svg and recall.svg, a line a room."""
+    """depth.svg and recall.svg, a line a room; returns the names of those that there is something for."""
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
+    drawn = []
     for task, x, y, label in (("depth", "end", "loss", ("tokens read of the book", "loss, nats a token")),
                               ("recall", "segments", "accuracy", ("distance to the answer, segments", "accuracy"))):
         if not any(task in r for r in found["rooms"].values()):
@@ -366,6 +367,8 @@ def draw(found, out):
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(out / f"{task}.svg")
         plt.close(figure)
+        drawn.append(f"{task}.svg")
+    return drawn
 
 
 def names(text, known, flag):
@@ -413,9 +416,7 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(found, indent=1, default=float))
     (out / "report.md").write_text(f"```\n{report}\n```\n\n{summary(found)}\n\n{details(found)}\n")
-    if b.plot:
-        draw(found, out)
-    print(f"written to {out}: report.md, report.json" + (", depth.svg, recall.svg" if b.plot else ""))
+    print(f"written to {out}:", ", ".join(["report.md", "report.json", *(draw(found, out) if b.plot else [])]))
     return 0
 
 
