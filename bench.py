@@ -349,22 +349,30 @@ def details(found):
 
 
 def draw(found, out):
-    """depth.svg and recall.svg, a line a room; returns the names of those that there is something for."""
+    """depth.svg, the loss minus that of the first room on the same tokens, and recall.svg; returns the names drawn."""
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
     drawn = []
-    for task, x, y, label in (("depth", "end", "loss", ("tokens read of the book", "loss, nats a token")),
-                              ("recall", "segments", "accuracy", ("distance to the answer, segments", "accuracy"))):
-        if not any(task in r for r in found["rooms"].values()):
+    for task in ("depth", "recall"):
+        rooms = {name: r[task] for name, r in found["rooms"].items() if task in r}
+        if not rooms:
             continue
-        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        for name, r in found["rooms"].items():
-            points = r[task]["by_position"] if task == "depth" else r[task]
-            axes.plot([p[x] for p in points], [p[y] for p in points], marker="o", label=name)
-        axes.set(xlabel=label[0], ylabel=label[1], xscale="log" if task == "depth" else "linear")
-        axes.legend(frameon=False)
+        figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+        first = next(iter(rooms))
+        for name, r in rooms.items():
+            if task == "depth":
+                x = [s["end"] for s in r["by_position"]]
+                y = [s["loss"] - base["loss"] for s, base in zip(r["by_position"], rooms[first]["by_position"])]
+            else:
+                x, y = [s["segments"] for s in r], [s["accuracy"] for s in r]
+            axes.plot(x, y, marker=".", label=name)
+        if task == "depth":
+            axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s, nats a token", xscale="log")
+        else:
+            axes.set(xlabel="distance to the answer, segments", ylabel="accuracy", ylim=(0, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(out / f"{task}.svg")
         plt.close(figure)
         drawn.append(f"{task}.svg")
