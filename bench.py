@@ -175,16 +175,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                key = storage._cdata
-                if key not in self.seen and storage.nbytes():
-                    self.seen[key] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.drop, key)
+        given = {s._cdata for s in self.storages((args, kwargs))}      # a view of what was there is nothing new
+        for storage in self.storages(out):
+            key = storage._cdata
+            if key not in self.seen and key not in given and storage.nbytes():
+                self.seen[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, key)
         return out
+
+    @staticmethod
+    def storages(tree):
+        return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
     def drop(self, key):
         self.now -= self.seen.pop(key, 0)

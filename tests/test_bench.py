@@ -88,7 +88,9 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
 
 
 def test_live_bytes_counts_what_is_alive_at_once():
+    before = torch.ones(1000)
     with bench.LiveBytes() as live:
+        before[10:].view(-1)
         a = torch.ones(256)
         b = a + 1
         b.view(16, 16)
