@@ -75,7 +75,7 @@ def trained(argv, out):
         with contextlib.suppress(UserError):
             saved = stream.load(last, "checkpoint")
             was = {**saved["run"], **saved["config"]}
-            same = all(was[k] == v for k, v in {**typed, **fields}.items())
+            same = all(was.get(k) == v for k, v in {**typed, **fields}.items())
             if same and saved["step"] == typed["steps"]:
                 return nanomem.load(last)
             if same:

@@ -1,6 +1,6 @@
 """bench.py on tiny settings: every task runs, what was trained is used again, and its instruments measure right."""
 import json
-import sys
+import signal
 
 import numpy as np
 import pytest
@@ -39,6 +39,25 @@ def test_the_whole_bench_runs_and_runs_again_without_training(tmp_path, shards, 
     assert bench.main([*argv, "--tasks=depth,recall"]) == 0
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert all(again["rooms"][n]["depth"]["all"] == report["rooms"][n]["depth"]["all"] for n in again["rooms"])
+
+
+def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeypatch):
+    argv = [*SMALL, "--steps=3", "--rooms=rmt", "--tasks=depth", f"--data={shards}"]
+    bench.main([*argv, f"--out={tmp_path / 'whole'}"])
+    real, read = data.Bookmarks.next, []
+
+    def next_(self):
+        read.append(1)
+        if len(read) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(self)
+    monkeypatch.setattr(data.Bookmarks, "next", next_)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([*argv, f"--out={tmp_path / 'parts'}"])
+    assert stream.load(tmp_path / "parts" / "depth-rmt" / "last.pt", "checkpoint")["step"] == 2
+    bench.main([*argv, f"--out={tmp_path / 'parts'}"])
+    one, two = (nanomem.load(tmp_path / d / "depth-rmt")[0].state_dict() for d in ("whole", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_other_settings_train_anew(tmp_path, shards):
