@@ -172,8 +172,8 @@ class Reader:
             logits, self.cache = room.extend(part, self.cache if self.page.size(1) else room.read(self.state))
             self.page = torch.cat([self.page, part], 1)
             if self.page.size(1) == S:
-                self.turn_page(room.write(self.cache, self.state), self.page[:, :0])
-        self.logits = logits[:, -1].float()
+                self.turn_page(room.write(self.cache, self.state), self.page[:, :0].clone())
+        self.logits = logits[:, -1].float().clone()   # a view would keep, and save, the logits of the whole segment
         return self.logits
 
     def generate(self, n, pick):

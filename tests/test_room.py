@@ -201,6 +201,8 @@ def test_a_saved_memory_goes_on(room, tmp_path):
     for read in (2 * S + 5, 2 * S):                                  # in the middle of a segment, and between two
         reader = stream.Reader(room)
         reader(tokens[:, :read])
+        for v in (reader.logits, reader.page, *reader.state.values()):
+            assert v.untyped_storage().nbytes() == v.nbytes, "more is kept, and saved, than is remembered"
         reader.save(tmp_path / "memory.pt")
         again = stream.Reader(room)
         again.load(tmp_path / "memory.pt")

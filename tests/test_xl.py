@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from nanomem import stream
 from nanomem.gpt import GPT, angles, rotate
 
 from conftest import TINY, tiny
