@@ -2,10 +2,12 @@
 
     python bench.py                                       every room, small, on the embedded book: minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
+    python bench.py --rooms=rmt:mem=1,rmt:mem=16          rooms with other settings than their own
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
     python bench.py --plot                                also draws the curves (needs matplotlib)
 
-    depth    loss, bits per byte and word perplexity of the held-out books, by position in the book
+    depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
+             and what memory is worth: how much the loss grows when every segment begins with an empty one
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
     cost     training speed, time a decoded token, bytes, each as the context read grows; memory replay against BPTT
 """
@@ -36,13 +38,13 @@ from nanomem.cli import UserError
 
 @dataclass
 class Bench:
-    rooms: str = ""              # which rooms, with commas between them (without it all)
-    tasks: str = ""              # which of depth, recall, cost (without it all)
+    rooms: str = ""              # which rooms, ROOM:field=value for other settings (without it those of the task)
+    tasks: str = ""              # which of depth, recall, cost (without it all three)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
     out: str = "out/bench"       # folder for checkpoints and report
     steps: int = 120             # training steps on books
-    recall_steps: int = 400      # training steps on the recall stream
+    stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
     layers: int = 4              # of the rooms that read books
@@ -52,12 +54,35 @@ class Bench:
     lr: float = 4e-3             # learning rate on books
     read: int = 100_000          # tokens to read before the last measurement of cost
     seed: int = 1                # of weights, order of books, and streams
+    seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
     device: str = ""             # cpu, cuda, mps
     compile: bool = False        # compile both sides of the training speeds
-    plot: bool = False           # draw depth.svg and recall.svg
+    plot: bool = False           # draw depth.svg and a picture for each stream
 
 
-TASKS = ("depth", "recall", "cost")
+@dataclass
+class Trial:
+    """A synthetic stream as an experiment: how rooms are trained on it, and how they are asked."""
+    about: str        # what the numbers are, over the table
+    train: str        # flags of train.py
+    steps: int
+    chance: float
+    rooms: str = ""   # those it was made for; all where it is empty
+    test: str = ""    # the stream that asks, if its knobs are other ones
+    rows: int = 64
+    windows: int = 32
+    lengths: tuple = (8,)   # segments of a test window; a column each, or with a single one
+    edges: tuple = ()       # a column for each range of distances between these, in tokens
+
+
+TRIALS = dict(
+    recall=Trial("by tokens between question and answer, trained on windows of 4 segments of 16 tokens, tested on 8",
+                 "--batch=64 --segments=4 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 1 / data.VALUES,
+                 test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
+                 edges=tuple(range(0, 129, 16))),
+)
+TASKS = ("depth", *TRIALS, "cost")
+QUICK = ("depth", "recall", "cost")   # without --tasks
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
 
@@ -86,54 +111,85 @@ def trained(argv, out):
     return nanomem.load(last)
 
 
-def flags_of(b, name, task):
-    common = [f"--room={name}", f"--seed={b.seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+def flags_of(b, spec, task, seed):
+    name, settings = cli.variant(spec)
+    flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+    own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
         same = ("data", "steps", "batch", "segments", "lr", "layers", "heads", "width", "seg")
-        return [*common, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same]]
-    return [*common, "--data=recall", f"--steps={b.recall_steps}", "--batch=64", "--segments=4", "--lr=5e-3",
-            "--layers=2", "--heads=2", "--width=64", "--seg=16", f"--validate={b.recall_steps}"]
+        return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
+    steps = b.stream_steps or TRIALS[task].steps
+    return [*flags, f"--data={task}", f"--steps={steps}", f"--validate={steps}", *TRIALS[task].train.split(), *own]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # depth
 
-def depth(room, checkpoint, b):
-    """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books."""
-    books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
+def losses_of(room, books, b, change=lambda state: state):
+    """The loss of every token of the books, an array for each book."""
     loader = data.Bookmarks(books, min(b.batch * 4, len(books)), room.c.seg * b.segments, once=True)
     losses = [np.zeros(len(t) - 1) for t in books.tokens]
-    for batch, nll, _ in stream.evaluate(room, loader):
+    for batch, nll, _ in stream.evaluate(room, loader, change=change):
         batch, nll = batch.to("cpu"), nll.cpu()
         for row, i in enumerate(batch.book.tolist()):
             scored = batch.y[row] >= 0
             losses[i][batch.at[row][scored]] = nll[row][scored]
+    return losses
+
+
+def depth(room, checkpoint, b):
+    """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books; the loss
+    by place in the segment; and how much it grows when every segment begins with an empty memory."""
+    books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
+    losses = losses_of(room, books, b)
+    empty = losses_of(room, books, b, lambda state: room.init_state(len(next(iter(state.values())))) if state else state)
 
     def score(lo, hi):
-        nats = sum(x[lo:hi].sum() for x in losses)
+        parts = [x[lo:hi] for x in losses]
         text = [books.enc.decode_bytes(t[1 + lo:1 + hi].tolist()) for t in books.tokens]
-        n, size, words = sum(len(x[lo:hi]) for x in losses), sum(map(len, text)), sum(len(t.split()) for t in text)
-        return dict(start=lo, end=min(hi, longest), tokens=n, loss=nats / n, bits_per_byte=nats / math.log(2) / size,
-                    word_perplexity=math.exp(nats / words))
-    longest = max(map(len, losses))
+        nats, n, words = sum(x.sum() for x in parts), sum(map(len, parts)), sum(len(t.split()) for t in text)
+        return dict(start=lo, end=min(hi, longest), tokens=n, loss=nats / n,
+                    bits_per_byte=nats / math.log(2) / sum(map(len, text)), word_perplexity=math.exp(nats / words),
+                    memory=sum(x[lo:hi].sum() for x in empty) / n - nats / n,
+                    by_book=[[x.sum(), len(x)] for x in parts])
+    longest, S = max(map(len, losses)), room.c.seg
+    places = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
+    by_place = [np.concatenate([x[i::S] for x in losses for i in range(lo, hi)]).mean()
+                for lo, hi in zip(places, places[1:])]
     return dict(books=len(books), parameters=sum(p.numel() for p in room.parameters()), all=score(0, longest),
-                by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest])
+                by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
+                by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
+
+
+def interval(ours, theirs, draws=2000):
+    """The difference of two losses in nats a token and its 95% interval, from the same books drawn again and again.
+    ours and theirs: [nats, tokens] of each book."""
+    (x, n), (y, _) = np.transpose(ours), np.transpose(theirs)
+    i = np.random.default_rng(0).integers(len(n), size=(draws, len(n)))
+    low, high = np.percentile((x - y)[i].sum(1) / np.maximum(n[i].sum(1), 1), [2.5, 97.5])
+    return (x - y).sum() / n.sum(), low, high
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# recall
+# Synthetic streams
 
-def recall(room, segments=8, batches=32, seed=0):
-    """Accuracy on the recall stream by the distance to the answer in whole segments, as far as there are 50 questions;
-    each pair is seen only three times, so that the distances are long."""
-    loader = data.Synthetic("recall", 64, segments * room.c.seg, seed=(seed, 2), asks=2)
-    right, total = np.zeros(segments), np.zeros(segments)
-    for batch, _, hit in stream.evaluate(room, loader, batches):
-        scored = batch.y >= 0
-        far = (batch.at[scored] // room.c.seg).cpu().numpy()
-        right += np.bincount(far, hit[scored].cpu().numpy(), segments)
-        total += np.bincount(far, minlength=segments)
-    return [dict(segments=i, accuracy=right[i] / n, questions=int(n)) for i, n in enumerate(total) if n >= 50]
+def trial(room, task, seed=0):
+    """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
+    50 questions."""
+    t, found = TRIALS[task], []
+    for length in t.lengths:
+        T = length * room.c.seg
+        edges = np.array(t.edges or (0, T + 1))
+        right, total = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1)
+        loader = data.Synthetic(t.test or task, t.rows, T, seed=(seed, 2))
+        for batch, _, hit in stream.evaluate(room, loader, t.windows):
+            scored = batch.y >= 0
+            place = np.digitize(batch.at[scored].cpu().numpy(), edges)
+            right += np.bincount(place, hit[scored].cpu().numpy(), len(edges) + 1)
+            total += np.bincount(place, minlength=len(edges) + 1)
+        found += [dict(length=T, start=lo, end=hi, accuracy=r / n, questions=n)
+                  for lo, hi, r, n in zip(edges, edges[1:], right[1:], total[1:]) if n >= 50]
+    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in found]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,6 +351,17 @@ def size(n):
     return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KB" if n < 2 ** 20 else f"{n / 2 ** 20:.1f} MB"
 
 
+def column(s):
+    """The head of a column of a trial: a range of distances, or a length of text."""
+    return f"{s['start']}-{s['end'] - 1}" if s["end"] <= s["length"] else f"{s['length']:,}"
+
+
+def percent(s):
+    """The mean accuracy, and of several seeds the lowest and the highest."""
+    ends = f" ({min(s['each']):.0%} to {max(s['each']):.0%})" if len(s["each"]) > 1 else ""
+    return f"{s['accuracy']:.0%}{ends}"
+
+
 def summary(found):
     """The one table: a line a room, the columns of the tasks that ran."""
     head, rows = ["room"], {name: [name] for name in found["rooms"]}
@@ -303,9 +370,10 @@ def summary(found):
         if "depth" in r:
             score = r["depth"]["all"]
             cells.update({"parameters": f"{r['depth']['parameters'] / 1e6:.2f}M", "loss": f"{score['loss']:.3f}",
-                          "bits/byte": f"{score['bits_per_byte']:.3f}", "word ppl": f"{score['word_perplexity']:.0f}"})
+                          "bits/byte": f"{score['bits_per_byte']:.3f}", "word ppl": f"{score['word_perplexity']:.0f}",
+                          "memory": f"{score['memory']:.3f}"})
         if "recall" in r:
-            cells.update({f"recall at {s['segments']}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
+            cells.update({f"recall {column(s)}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
         if "cost" in r:
             c = r["cost"]
             cells.update({"state/row": size(c["state_bytes"]),
@@ -328,13 +396,28 @@ def details(found):
             body = table(["room", *columns(first)], lines)
             parts.append(f"{title(first)}\n\n{body}")
 
+    def depths(r):
+        return [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]]
+
     part(lambda r: f"Loss in nats a token by position in the book (held-out books: {r['books']}):", "depth",
-         lambda r: [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]],
-         lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
-    part(lambda r: "Recall accuracy by distance to the answer in whole segments, trained on windows of 4 segments, "
-                   f"tested on 8 (chance {1 / data.VALUES:.0%}; the number of questions in the last line):", "recall",
-         lambda r: [str(s["segments"]) for s in r], lambda r: [f"{s['accuracy']:.0%}" for s in r],
-         lambda r: [f"{s['questions']:,}" for s in r])
+         depths, lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
+    first, base = next(((name, r["depth"]) for name, r in found["rooms"].items() if "depth" in r), ("", dict(books=0)))
+    if base["books"] > 1:
+        def against(r):
+            for s, t in zip([r["all"], *r["by_position"]], [base["all"], *base["by_position"]]):
+                mean, low, high = interval(s["by_book"], t["by_book"])
+                yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
+        part(lambda r: f"Loss minus that of {first} on the same books, with its 95% interval over books (~: a tie):",
+             "depth", lambda r: ["all", *depths(r)], against)
+    part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
+         "depth", depths, lambda r: [f"{s['memory']:.3f}" for s in r["by_position"]])
+    part(lambda r: "Loss by place in the segment:", "depth",
+         lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
+         lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
+    for task, t in TRIALS.items():
+        part(lambda r: f"Accuracy on {task}, {t.about} (chance {t.chance:.0%}; the number of questions in the last "
+                       "line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
+             lambda r: [f"{s['questions']:,.0f}" for s in r])
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
@@ -352,12 +435,13 @@ def details(found):
 
 
 def draw(found, out):
-    """depth.svg, the loss minus that of the first room on the same tokens, and recall.svg; returns the names drawn."""
+    """depth.svg, the loss minus that of the first room on the same tokens, and a picture for each stream; returns the
+    names drawn."""
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
     drawn = []
-    for task in ("depth", "recall"):
+    for task in ("depth", *TRIALS):
         rooms = {name: r[task] for name, r in found["rooms"].items() if task in r}
         if not rooms:
             continue
@@ -368,12 +452,14 @@ def draw(found, out):
                 x = [s["end"] for s in r["by_position"]]
                 y = [s["loss"] - base["loss"] for s, base in zip(r["by_position"], rooms[first]["by_position"])]
             else:
-                x, y = [s["segments"] for s in r], [s["accuracy"] for s in r]
+                x = [s["start"] if TRIALS[task].edges else s["length"] for s in r]
+                y = [s["accuracy"] for s in r]
             axes.plot(x, y, marker=".", label=name)
         if task == "depth":
             axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s, nats a token", xscale="log")
         else:
-            axes.set(xlabel="distance to the answer, segments", ylabel="accuracy", ylim=(0, 1.02))
+            far = "distance to the answer, tokens" if TRIALS[task].edges else "length of the text, tokens"
+            axes.set(xlabel=far, ylabel="accuracy", ylim=(0, 1.02), xscale="log" if max(x) > 1000 else "linear")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(out / f"{task}.svg")
@@ -382,12 +468,35 @@ def draw(found, out):
     return drawn
 
 
-def names(text, known, flag):
-    chosen = [w.strip() for w in text.split(",") if w.strip()] or list(known)
-    for w in chosen:
-        if w not in known:
-            raise UserError(f"--{flag}={w} is none of them: {cli.nearest(w, list(known))}")
-    return chosen
+def merged(runs):
+    """The same results of several seeds: the mean of each number, and of accuracies also each."""
+    one = runs[0]
+    if isinstance(one, dict):
+        each = dict(each=[r["accuracy"] for r in runs]) if "accuracy" in one else {}
+        return {**{k: merged([r[k] for r in runs]) for k in one}, **each}
+    if isinstance(one, list):
+        return [merged(rows) for rows in zip(*runs)]
+    return one if all(r == one for r in runs) else sum(runs) / len(runs)
+
+
+def rooms_of(text, task):
+    """The rooms of a task, after making sure that each can be built."""
+    own = TRIALS[task].rooms if task in TRIALS else ""
+    specs = [w.strip() for w in (text or own).split(",") if w.strip()] or list(nanomem.ROOMS)
+    for spec in specs:
+        name, settings = cli.variant(spec)
+        if name not in nanomem.ROOMS:
+            raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
+        cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config)
+    return specs
+
+
+def room_of(b, spec):
+    """An untrained room of the size that reads books."""
+    name, settings = cli.variant(spec)
+    (fields,), _ = cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config)
+    return nanomem.build(name, **{**dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB),
+                                  **fields})
 
 
 def main(argv):
@@ -395,7 +504,11 @@ def main(argv):
     b = Bench(**typed)
     if words:
         raise UserError(f"bench.py takes only flags, got {words[0]}")
-    rooms, tasks = names(b.rooms, nanomem.ROOMS, "rooms"), names(b.tasks, TASKS, "tasks")
+    tasks = [w.strip() for w in b.tasks.split(",") if w.strip()] or QUICK
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
+    jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if b.read < 2048:
@@ -406,23 +519,26 @@ def main(argv):
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)
     found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
-                 settings=asdict(b), rooms={name: {} for name in rooms})
-    bar = tqdm([(name, task) for task in TASKS if task in tasks for name in rooms], unit="job")
-    for name, task in bar:
-        bar.set_description(f"{task} of {name}")
-        torch.manual_seed(b.seed)
-        if task == "cost":
-            room = nanomem.build(name, layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB).to(device)
-            result = dict(cost(room, b), replay=replay_cost(room, b))
-        else:
-            room, checkpoint = trained(flags_of(b, name, task), out / f"{task}-{name}")
+                 settings=asdict(b), rooms={spec: {} for _, spec in jobs})
+    bar = tqdm(jobs, unit="job")
+    for task, spec in bar:
+        bar.set_description(f"{task} of {spec}")
+        runs = []
+        for seed in range(b.seed, b.seed + (1 if task == "cost" else b.seeds)):
+            torch.manual_seed(seed)
+            if task == "cost":
+                room = room_of(b, spec).to(device)
+                runs.append(dict(cost(room, b), replay=replay_cost(room, b)))
+                continue
+            folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
+            room, checkpoint = trained(flags_of(b, spec, task, seed), out / folder)
             room.to(device).eval()
-            result = recall(room, seed=b.seed) if task == "recall" else depth(room, checkpoint, b)
-        found["rooms"][name][task] = result
+            runs.append(depth(room, checkpoint, b) if task == "depth" else trial(room, task, b.seed))
+        found["rooms"][spec][task] = merged(runs)
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "
-              f"tokens on {b.data or 'Moby-Dick'}, {b.recall_steps} of 4,096 on recall; seed {b.seed}")
+              f"tokens on {b.data or 'Moby-Dick'}; seed {', '.join(map(str, range(b.seed, b.seed + b.seeds)))}")
     print(f"\n{report}\n\n{summary(found)}\n\n{details(found)}\n")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(found, indent=1, default=float))

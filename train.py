@@ -29,7 +29,7 @@ from nanomem.cli import UserError
 @dataclass
 class Run:
     room: str = "rmt"            # which memory: gpt, window, xl, full, rmt
-    data: str = ""               # folder of shards, or a stream (recall, needle); without it the embedded Moby-Dick
+    data: str = ""               # folder of shards, or a stream (recall, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/ROOM)
     resume: bool = False         # go on from last.pt of that folder
@@ -92,7 +92,7 @@ def machine(run):
 def windows_of(run, seg):
     """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
     T = run.segments * seg
-    if run.data in data.STREAMS:
+    if data.is_stream(run.data):
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
                 lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))

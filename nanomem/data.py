@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from .cli import UserError, nearest, parse, run
+from .cli import UserError, nearest, parse, run, value, variant
 
 HERE = Path(__file__).parent
 
@@ -314,7 +315,7 @@ class Bookmarks:
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic streams. A generator makes x, y and at (B, T) of Batch; every row is a document of its own.
 
-NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 16, 64   # the vocabulary: 16 symbols of noise, 32 values, 16 keys
+NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 64, 112   # the vocabulary: 16 symbols of noise, 32 values, 64 keys
 
 
 def filler(rng, B, T):
@@ -326,12 +327,12 @@ def recall(rng, B, T, pairs=2, asks=0):
     """Key-value pairs strewn over filler; each key comes back `asks` times and asks for its value (0: as often as makes
     the pairs half of the text). All places are drawn uniformly, so that questions near their answer teach what
     questions across segments test; the distance counts from the last time that the pair was seen."""
-    asks = asks or T // (4 * pairs) - 1
+    asks, keys = asks or T // (4 * pairs) - 1, max(16, pairs)   # more keys than pairs need only take longer to learn
     if not 0 < pairs <= KEYS or asks < 1 or pairs * (asks + 1) > T // 2:
         raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
     places = np.sort(places.reshape(B, pairs, asks + 1))
-    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs, None]
+    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(keys), (B, 1)), axis=1)[:, :pairs, None]
     value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
     x, rows = filler(rng, B, T), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
@@ -357,11 +358,23 @@ def needle(rng, B, T, distance=0):
 STREAMS = {"recall": recall, "needle": needle}
 
 
+def is_stream(name):
+    """Whether --data=name means a synthetic stream, whose knobs may stand behind it."""
+    return name.partition(":")[0] in STREAMS
+
+
 class Synthetic:
-    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone."""
+    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone. Its knobs may
+    stand behind its name, "recall:pairs=8", or be given as arguments, which win."""
 
     def __init__(self, name, rows, T, seed=0, **knobs):
-        self.make, self.B, self.T, self.seed, self.knobs, self.i = STREAMS[name], rows, T, seed, knobs, 0
+        name, typed = variant(name)
+        self.make, self.B, self.T, self.seed, self.i = STREAMS[name], rows, T, seed, 0
+        known = list(inspect.signature(self.make).parameters)[3:]
+        for k in typed:
+            if k not in known:
+                raise UserError(f"{name} has no knob {k}: {nearest(k, known)}")
+        self.knobs = {**{k: value(f"data={name}:{k}", v, int) for k, v in typed.items()}, **knobs}
 
     def next(self):
         x, y, at = self.make(np.random.default_rng((self.seed, self.i)), self.B, self.T, **self.knobs)

@@ -122,9 +122,10 @@ def replay(room, step, x, y, state, scale):
 # Evaluation and generation
 
 @torch.no_grad()
-def evaluate(room, loader, windows=None, dtype=None):
+def evaluate(room, loader, windows=None, dtype=None, change=lambda state: state):
     """Read windows of a loader in order (all of a `once` loader, or the first `windows`), the state carried from one to
     the next. Yields (batch, nll (B, T) in nats, 0 where nothing is scored, hit (B, T): the likeliest token is right).
+    `change` makes the state that a segment sees of the one it should see: what memory is worth is what this costs.
     """
     state, device = None, device_of(room)
     while windows is None or windows > 0:
@@ -136,7 +137,7 @@ def evaluate(room, loader, windows=None, dtype=None):
         nll, hit = [], []
         for x, y in segments(room, batch.x, batch.y):
             with precision(room, dtype):
-                logits, state = room(x, state)
+                logits, state = room(x, change(state))
             nll.append(F.cross_entropy(logits.transpose(1, 2).float(), y, ignore_index=-1, reduction="none"))
             hit.append(logits.argmax(-1) == y)
         yield batch, torch.cat(nll, 1), torch.cat(hit, 1)

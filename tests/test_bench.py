@@ -14,7 +14,7 @@ from nanomem.cli import UserError
 
 from conftest import tiny
 
-SMALL = ["--steps=2", "--recall_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16",
+SMALL = ["--steps=2", "--stream_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16",
          "--batch=2", "--segments=2", "--read=2048"]
 
 
@@ -54,9 +54,9 @@ def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeyp
     monkeypatch.setattr(data.Bookmarks, "next", next_)
     with pytest.raises(KeyboardInterrupt):
         bench.main([*argv, f"--out={tmp_path / 'parts'}"])
-    assert stream.load(tmp_path / "parts" / "depth-rmt" / "last.pt", "checkpoint")["step"] == 2
+    assert stream.load(tmp_path / "parts" / "depth-rmt-1" / "last.pt", "checkpoint")["step"] == 2
     bench.main([*argv, f"--out={tmp_path / 'parts'}"])
-    one, two = (nanomem.load(tmp_path / d / "depth-rmt")[0].state_dict() for d in ("whole", "parts"))
+    one, two = (nanomem.load(tmp_path / d / "depth-rmt-1")[0].state_dict() for d in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -64,7 +64,7 @@ def test_other_settings_train_anew(tmp_path, shards):
     argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
     bench.main(argv)
     bench.main([*argv, "--width=32"])
-    assert nanomem.load(tmp_path / "out" / "depth-gpt")[1]["config"]["width"] == 32
+    assert nanomem.load(tmp_path / "out" / "depth-gpt-1")[1]["config"]["width"] == 32
 
 
 @pytest.mark.parametrize("argv, why", [
@@ -142,5 +142,36 @@ def test_the_plain_model_is_as_large_as_gpt():
 
 
 def test_names_with_spaces_and_none_mean_all():
-    assert bench.names("", bench.TASKS, "tasks") == list(bench.TASKS)
-    assert bench.names("depth, cost", bench.TASKS, "tasks") == ["depth", "cost"]
+    assert bench.rooms_of("", "depth") == list(nanomem.ROOMS)
+    assert bench.rooms_of("gpt, rmt:mem=2", "depth") == ["gpt", "rmt:mem=2"]
+
+
+@pytest.mark.parametrize("rooms, why", [
+    ("rmt:slots=1", "unknown flag --slots"), ("rmt:mem", "settings follow a name as :field=value, got :mem"),
+    ("rmt:mem=x", "takes a whole number")])
+def test_a_wrong_setting_is_one_sentence(rooms, why):
+    with pytest.raises(UserError, match=why):
+        bench.main([f"--rooms={rooms}"])
+
+
+def test_settings_make_a_room_of_their_own(tmp_path, shards):
+    argv = [*SMALL, "--rooms=rmt,rmt:mem=1", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--seeds=2"]
+    bench.main(argv)
+    found = json.loads((tmp_path / "report.json").read_text())["rooms"]
+    assert found["rmt:mem=1"]["depth"]["parameters"] == found["rmt"]["depth"]["parameters"] - 16 * 3
+    cell = found["rmt"]["recall"][0]
+    assert len(cell["each"]) == 2 and abs(sum(cell["each"]) / 2 - cell["accuracy"]) < 1e-9
+
+
+def test_memory_is_worth_nothing_where_there_is_none(shards):
+    b, checkpoint = bench.Bench(data=str(shards), segments=2), dict(run=dict(tokenizer="bytes"))
+    worth = {n: bench.depth(tiny(n, vocab=320), checkpoint, b)["all"]["memory"] for n in ("gpt", "xl")}
+    assert worth["gpt"] == 0 and abs(worth["xl"]) > 1e-3
+
+
+def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
+    theirs = [[10.0 * n, n] for n in (5, 7, 100)]
+    mean, low, high = bench.interval([[nats - n / 2, n] for nats, n in theirs], theirs)
+    assert mean == low == high == -0.5
+    mean, low, high = bench.interval([[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))], theirs)
+    assert low < mean < high and abs(mean - 3 / 112) < 1e-12

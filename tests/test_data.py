@@ -213,10 +213,18 @@ def test_the_answer_stands_where_the_distance_says(name):
 def test_a_needle_lies_at_the_distance_asked_for():
     assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
     for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
-                      (lambda: data.Synthetic("recall", 4, 64, pairs=17), "17 pairs that are asked for"),
-                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times")]:
+                      (lambda: data.Synthetic("recall", 4, 64, pairs=65), "65 pairs that are asked for"),
+                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times"),
+                      (lambda: data.Synthetic("recall:pair=3", 4, 64), "recall has no knob pair: did you mean pairs"),
+                      (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number")]:
         with pytest.raises(UserError, match=why):
             make().next()
+
+
+def test_knobs_may_stand_behind_the_name():
+    one, two = data.Synthetic("needle:distance=50", 4, 64, seed=3), data.Synthetic("needle", 4, 64, seed=3, distance=50)
+    assert one.next().x.equal(two.next().x) and (one.next().at[:, -1] == 50).all()
+    assert (data.Synthetic("needle:distance=50", 4, 64, distance=9).next().at[:, -1] == 9).all()
 
 
 def test_a_single_book_holds_out_its_own_end():
