@@ -127,7 +127,7 @@ def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys
     (["--mem=3", "--room=gpt"], "unknown flag --mem"), (["data/x"], "did you mean --data=data/x"),
     (["--batch=3", "--accum=2"], "--batch=3 rows do not split over 1 devices x 2 parts"),
     (["--device=tpu"], "no device tpu"), (["--dtype=int8"], "float32 or bfloat16"),
-    (["--vocab=10"], "too small: the data has 64"), (["--width=30", "--heads=4"], "width 30"),
+    (["--vocab=10"], "too small: the data has 112"), (["--width=30", "--heads=4"], "width 30"),
     (["--data=nowhere"], "no shards in nowhere"), (["--replay=maybe"], "is a switch"), (["--resume"], "cannot read")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, argv, why):
     with pytest.raises(UserError, match=why):
@@ -232,5 +232,5 @@ def test_it_learns_a_recall_that_gpt_cannot(tmp_path, room, steps, floors):
     segments. Of an earlier segment gpt knows nothing (law 5), so that it can only guess one value in 32."""
     train.main([f"--room={room}", f"--out={tmp_path}", f"--steps={steps}", "--data=recall", "--batch=64", "--lr=5e-3",
                 "--layers=2", "--heads=2", "--width=64", "--seg=16", "--windows=1", f"--validate={steps}"])
-    found = bench.recall(nanomem.load(tmp_path)[0], batches=8)
+    found = bench.trial(nanomem.load(tmp_path)[0], "recall")
     assert all(f["accuracy"] > floor for f, floor in zip(found, floors)), found
