@@ -16,9 +16,14 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
+import os
 import platform
+import signal
+import sys
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +61,7 @@ class Bench:
     seed: int = 1                # of weights, order of books, and streams
     seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
     device: str = ""             # cpu, cuda, mps
+    jobs: int = 0                # trainings side by side, one thread each (0: on a CPU as many as it has cores, else 1)
     compile: bool = False        # compile both sides of the training speeds
     plot: bool = False           # draw depth.svg and a picture for each stream
 
@@ -468,6 +474,39 @@ def draw(found, out):
     return drawn
 
 
+def work(b, task, spec, seed):
+    """One job: train a room unless that was done before, and measure it."""
+    torch.manual_seed(seed)
+    folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
+    room, checkpoint = trained(flags_of(b, spec, task, seed), Path(b.out) / folder)
+    room.to(train.machine(train.Run(device=b.device))[0]).eval()
+    return depth(room, checkpoint, b) if task == "depth" else trial(room, task, b.seed)
+
+
+def threads_of(device):
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def alone():
+    """A process for one training among others: one thread, no bar; Ctrl-C is for train.py, which saves first."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def side_by_side(function, calls, n):
+    """Yield (call, function(*call)), n of them at work at a time: small rooms use one thread better than several."""
+    if n == 1 or len(calls) < 2:
+        yield from ((call, function(*call)) for call in calls)
+        return
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), alone)
+    try:
+        futures = [(call, pool.submit(function, *call)) for call in calls]
+        yield from ((call, future.result()) for call, future in futures)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def merged(runs):
     """The same results of several seeds: the mean of each number, and of accuracies also each."""
     one = runs[0]
@@ -508,7 +547,10 @@ def main(argv):
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
+    seeds = range(b.seed, b.seed + b.seeds)
     jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
+    trainings = [(b, task, spec, seed) for task, spec in jobs if task != "cost" for seed in seeds]
+    costs = [spec for task, spec in jobs if task == "cost"]
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if b.read < 2048:
@@ -520,25 +562,24 @@ def main(argv):
         chip = torch.cuda.get_device_name(device)
     found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
                  settings=asdict(b), rooms={spec: {} for _, spec in jobs})
-    bar = tqdm(jobs, unit="job")
-    for task, spec in bar:
-        bar.set_description(f"{task} of {spec}")
-        runs = []
-        for seed in range(b.seed, b.seed + (1 if task == "cost" else b.seeds)):
-            torch.manual_seed(seed)
-            if task == "cost":
-                room = room_of(b, spec).to(device)
-                runs.append(dict(cost(room, b), replay=replay_cost(room, b)))
-                continue
-            folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
-            room, checkpoint = trained(flags_of(b, spec, task, seed), out / folder)
-            room.to(device).eval()
-            runs.append(depth(room, checkpoint, b) if task == "depth" else trial(room, task, b.seed))
-        found["rooms"][spec][task] = merged(runs)
+    runs = {job: [] for job in jobs}
+    with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
+        for (_, task, spec, _), result in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            runs[task, spec].append(result)
+            bar.set_description(f"{task} of {spec}")
+            bar.update()
+        for spec in costs:                                 # alone on the machine
+            torch.manual_seed(b.seed)
+            room = room_of(b, spec).to(device)
+            runs["cost", spec].append(dict(cost(room, b), replay=replay_cost(room, b)))
+            bar.set_description(f"cost of {spec}")
+            bar.update()
+    for (task, spec), results in runs.items():
+        found["rooms"][spec][task] = merged(results)
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "
-              f"tokens on {b.data or 'Moby-Dick'}; seed {', '.join(map(str, range(b.seed, b.seed + b.seeds)))}")
+              f"tokens on {b.data or 'Moby-Dick'}; seed {', '.join(map(str, seeds))}")
     print(f"\n{report}\n\n{summary(found)}\n\n{details(found)}\n")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(found, indent=1, default=float))

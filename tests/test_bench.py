@@ -60,6 +60,15 @@ def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeyp
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow
+def test_side_by_side_is_one_after_the_other(tmp_path, shards):
+    argv = [*SMALL, "--rooms=gpt,rmt", "--tasks=depth,recall", f"--data={shards}"]
+    for n in (1, 2):
+        bench.main([*argv, f"--out={tmp_path / str(n)}", f"--jobs={n}"])
+    one, two = (json.loads((tmp_path / n / "report.json").read_text())["rooms"] for n in "12")
+    assert one == two
+
+
 def test_other_settings_train_anew(tmp_path, shards):
     argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
     bench.main(argv)
