@@ -213,7 +213,7 @@ def main(argv):
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate(run, step)
-            batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
+            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), room)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
                 dist.all_reduce(targets)           # a token weighs the same whichever process has it

@@ -9,8 +9,9 @@ from nanomem.cli import UserError
 from conftest import TINY, tiny
 
 S, V = TINY["seg"], TINY["vocab"]
+# each memory switched off
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
-           rmt=dict(mem=0))   # each memory switched off
+           rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt-split")})
 
 
 def text(B=2, K=3, seed=0):
