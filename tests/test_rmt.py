@@ -74,7 +74,7 @@ def test_the_memory_passes_through_every_segment_and_keeps_its_scale():
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_gradient_reaches_back_through_the_window_and_no_further(K):
     """A loss on the last segment moves the embeddings of every segment since the state was detached."""
-    room, seen = tiny("rmt", sensory=0), []
+    room, seen = tiny("rmt"), []
     watch(room, seen)
     tokens = text(K=5)
     state = stream.detach(walk(room, tokens[:, :(5 - K) * S])[1])

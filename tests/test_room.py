@@ -30,8 +30,9 @@ def walk(room, tokens, state=None):
 def watch(room, seen):
     """Collect the embedded tokens of every segment, each with its gradient after a backward."""
     def hook(module, args, y):
-        y.retain_grad()
-        seen.append(y)
+        if y.size(1) == S:             # not what is read again
+            y.retain_grad()
+            seen.append(y)
     room.embedding.register_forward_hook(hook)
 
 
