@@ -37,6 +37,7 @@ class Run:
     steps: int = 600             # optimizer steps
     batch: int = 8               # B, rows: books read side by side, on all devices together
     segments: int = 4            # K, segments in a window: how far back-propagation reaches
+    interleave: int = 1          # books that a row reads in turns, a segment of each
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that the rows of a step are split into, one after the other
     lr: float = 4e-3             # peak learning rate of AdamW
@@ -63,7 +64,7 @@ def flags(argv):
 
 
 def check(run, world):
-    for name in ("steps", "batch", "segments", "accum", "report", "validate", "windows"):
+    for name in ("steps", "batch", "segments", "interleave", "accum", "report", "validate", "windows"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
     if run.dtype not in ("", "float32", "bfloat16"):
@@ -91,15 +92,16 @@ def machine(run):
 
 def windows_of(run, seg):
     """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
-    T = run.segments * seg
+    T, turns = run.segments * seg, dict(interleave=run.interleave, seg=seg)
     if data.is_stream(run.data):
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
                 lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
     run.tokenizer = books.enc.name
-    piece = None if len(held_out) >= run.batch else -(-sum(map(len, held_out.tokens)) // run.batch)
-    return (data.Bookmarks(books, run.batch, T, run.seed),
-            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece), books.enc.n_vocab)
+    marks = run.batch * run.interleave
+    piece = None if len(held_out) >= marks else -(-sum(map(len, held_out.tokens)) // marks)
+    return (data.Bookmarks(books, run.batch, T, run.seed, **turns),
+            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece, **turns), books.enc.n_vocab)
 
 
 def optimizer_of(room, run):
@@ -139,7 +141,7 @@ def resumed(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
     saved = stream.load(last, "checkpoint")
     was = {**saved["run"], **saved["config"], "room": saved["room"]}
-    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "seed")}
+    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "seed")}
     for k, v in {**fixed, **fields, "room": typed.get("room", Run.room)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
@@ -213,7 +215,7 @@ def main(argv):
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate(run, step)
-            batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
+            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), room)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
                 dist.all_reduce(targets)           # a token weighs the same whichever process has it

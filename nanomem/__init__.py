@@ -13,6 +13,8 @@ ROOMS = {
     "xl": ("xl", {}),
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
+    "hmt": ("hmt", {}),
+    "hmt-split": ("hmt", dict(query="split")),
 }
 
 

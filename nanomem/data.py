@@ -243,7 +243,7 @@ class Batch(NamedTuple):
     y: torch.Tensor       # (B, T) the tokens that come next, -1 where nothing is scored
     fresh: torch.Tensor   # (B,) this row opens a new book
     at: torch.Tensor      # (B, T) where a target stands: tokens of its book before it, or since its answer was seen
-    book: torch.Tensor    # (B,) which book, -1 for none
+    book: torch.Tensor    # (B,) which book, -1 for none; (B, T) where a row takes turns between several
 
     def to(self, device):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
@@ -259,9 +259,16 @@ class Bookmarks:
 
     With fewer books than bookmarks, the books are cut into pieces of equal length first, about four for each bookmark;
     `piece` sets that length. Memory starts afresh in each piece.
+
+    `interleave` bookmarks share a row and take turns, `seg` tokens each; a target stays in its own book. The row is
+    fresh when any of them opens a book.
     """
 
-    def __init__(self, books, rows, T, seed=0, once=False, piece=None):
+    def __init__(self, books, rows, T, seed=0, once=False, piece=None, interleave=1, seg=1):
+        if interleave < 1 or T % (interleave * seg):
+            raise UserError(f"{interleave} books do not take even turns in {T // seg} segments of {seg} tokens")
+        self.turns, self.seg = interleave, seg
+        rows, T = rows * interleave, T // interleave
         self.books, self.B, self.T, self.seed, self.once = books, rows, T, seed, once
         if piece is None and len(books) < rows and not once:
             piece = max(T, sum(len(t) - 1 for t in books.tokens) // (4 * rows) // T * T)
@@ -298,7 +305,15 @@ class Bookmarks:
             self.marks[row] = mark
         if (book < 0).all():
             raise StopIteration
+        if self.turns > 1:
+            fresh = (fresh & (book >= 0)).reshape(self.turns, -1).any(0)   # a bookmark with nothing left to read is not
+            x, y, at, book = map(self.take_turns, (x, y, at, np.broadcast_to(book[:, None], x.shape)))
         return Batch(*map(torch.from_numpy, (x, y, fresh, at, book)))
+
+    def take_turns(self, rows):
+        """Windows (G*B, T/G) of G*B bookmarks -> (B, T): row b is segment 0 of bookmarks b, B+b, 2B+b, ..., then 1."""
+        return rows.reshape(self.turns, -1, self.T // self.seg, self.seg).transpose(1, 2, 0, 3).reshape(
+            self.B // self.turns, -1)
 
     def state_dict(self):
         return dict(dealt=self.dealt, marks=[m and list(m) for m in self.marks], pieces=len(self.pieces))

@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x, turn, past=None, mask=None):
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3 * self.heads, -1).transpose(1, 2).split([2 * self.heads, self.heads], 1)
+        qk, v = self.qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).split([2 * self.heads, self.heads], 1)
         q, k = rotate(norm(qk), turn).type_as(v).chunk(2, 1)                            # (B, H, T, D) as v
         if past is not None:
             k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
@@ -150,6 +150,10 @@ class GPT(nn.Module):
             x, kv = block(x, turn, past, mask)
             longer.append(kv)
         return norm(x), longer
+
+    def scored(self):
+        """Which of a segment's S predictions count in loss and score: all of them, unless a room looks ahead."""
+        return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def init_state(self, B):
         return {}

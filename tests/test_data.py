@@ -180,8 +180,42 @@ def test_epochs_are_shuffled_differently_and_the_seed_decides():
     assert order(1) == order(1) and order(1)[:12] != order(1)[12:] and order(1) != order(2)
 
 
+@pytest.mark.parametrize("turns", [2, 3])
+def test_a_row_takes_turns_between_its_books_and_every_target_stays_in_its_own(turns):
+    """The same law as above, segment by segment; a book goes on after its turn where it was before."""
+    lengths, S = (50, 7, 33, 20, 1, 64, 12, 29), 4
+    loader = data.Bookmarks(books(*lengths), rows=2, T=2 * turns * S, once=True, interleave=turns, seg=S)
+    seen = []
+    with pytest.raises(StopIteration):
+        while True:
+            batch = loader.next()
+            for row in range(2):
+                begins = False
+                for s in range(2 * turns):
+                    here = slice(s * S, (s + 1) * S)
+                    x, y, at, book = (t[row, here] for t in (batch.x, batch.y, batch.at, batch.book))
+                    n = (y >= 0).sum()
+                    assert (book == book[0]).all() and (y[:n] == x[:n] + 1).all() and (y[n:] == -1).all()
+                    assert (y[:n] // 1000 == book[0]).all() and (at[:n] == y[:n] % 1000 - 1).all()
+                    assert s < turns or book[0] == batch.book[row, (s - turns) * S]
+                    begins |= bool(n) and at[0].item() == 0
+                    seen += y[:n].tolist()
+                assert begins == batch.fresh[row]
+                own = batch.book[row, :turns * S:S]
+                assert len(set(own[own >= 0].tolist())) == (own >= 0).sum(), "a book takes turns with itself"
+    assert sorted(seen) == sorted(1000 * b + i for b, n in enumerate(lengths) for i in range(1, n + 1))
+    for b in range(len(lengths)):
+        assert [t for t in seen if t // 1000 == b] == sorted(t for t in seen if t // 1000 == b)
+
+
+def test_turns_that_do_not_come_out_even_are_refused():
+    with pytest.raises(UserError, match="3 books do not take even turns in 4 segments of 16 tokens"):
+        data.Bookmarks(books(50, 50, 50), 1, 64, interleave=3, seg=16)
+
+
 @pytest.mark.parametrize("make", [lambda: data.Bookmarks(books(50, 7, 33, 20), rows=2, T=8),
-                                  lambda: data.Synthetic("recall", 2, 64)], ids=["books", "recall"])
+                                  lambda: data.Bookmarks(books(50, 7, 33, 20), rows=1, T=8, interleave=2, seg=2),
+                                  lambda: data.Synthetic("recall", 2, 64)], ids=["books", "interleaved", "recall"])
 def test_a_saved_position_goes_on_with_the_same_batches(make):
     loader, again = make(), make()
     read(loader, 5)

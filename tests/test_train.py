@@ -58,7 +58,7 @@ def stop_at(monkeypatch):
 
 
 @pytest.mark.parametrize("room", ["gpt", "xl", "rmt"])
-@pytest.mark.parametrize("flags", [[], ["--replay", "--accum=2"], ["--data=", "--tokenizer=bytes"]],
+@pytest.mark.parametrize("flags", [[], ["--replay", "--accum=2"], ["--data=", "--tokenizer=bytes", "--interleave=2"]],
                          ids=["bptt", "replay", "books"])
 def test_ctrl_c_and_resume_give_the_uninterrupted_run_to_the_bit(tmp_path, stop_at, room, flags, monkeypatch):
     go(tmp_path / "whole", "--steps=4", "--validate=4", *flags, room=room)
