@@ -52,6 +52,7 @@ class Bench:
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
+    interleave: int = 1          # books that a row reads in turns, a segment of each
     layers: int = 4              # of the rooms that read books
     heads: int = 4               # attention heads
     width: int = 128             # channels
@@ -122,7 +123,7 @@ def flags_of(b, spec, task, seed):
     flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
     own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
-        same = ("data", "steps", "batch", "segments", "lr", "layers", "heads", "width", "seg")
+        same = ("data", "steps", "batch", "segments", "interleave", "lr", "layers", "heads", "width", "seg")
         return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
     steps = b.stream_steps or TRIALS[task].steps
     return [*flags, f"--data={task}", f"--steps={steps}", f"--validate={steps}", *TRIALS[task].train.split(), *own]
@@ -132,15 +133,23 @@ def flags_of(b, spec, task, seed):
 # depth
 
 def losses_of(room, books, b, change=lambda state: state):
-    """The loss of every token of the books, an array for each book."""
-    loader = data.Bookmarks(books, min(b.batch * 4, len(books)), room.c.seg * b.segments, once=True)
-    losses = [np.zeros(len(t) - 1) for t in books.tokens]
-    for batch, nll, _ in stream.evaluate(room, loader, change=change):
-        batch, nll = batch.to("cpu"), nll.cpu()
-        for row, i in enumerate(batch.book.tolist()):
-            scored = batch.y[row] >= 0
-            losses[i][batch.at[row][scored]] = nll[row][scored]
+    """The loss of every token of the books, an array for each book, nan where one of the rooms must not be scored."""
+    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, seg=room.c.seg)
+    loader = data.Bookmarks(books, rows, room.c.seg * b.segments, once=True, **turns)
+    losses = [np.full(len(t) - 1, np.nan) for t in books.tokens]
+    for batch, nll, _ in stream.evaluate(room, loader, like=leaky(b), change=change):
+        book = batch.book.view(len(batch.x), -1).expand_as(batch.x)
+        book, at, nll, scored = (t.cpu().numpy() for t in (book, batch.at, nll, batch.y >= 0))
+        for i in np.unique(book[scored]):
+            here = scored & (book == i)
+            losses[i][at[here]] = nll[here]
     return losses
+
+
+def leaky(b):
+    """Those of the rooms that have seen some of their targets: there no room is scored."""
+    rooms = (room_of(b, spec) for spec in rooms_of(b.rooms, "depth") if ":" in spec)
+    return [room for room in rooms if not room.scored().all()]
 
 
 def depth(room, checkpoint, b):
@@ -153,16 +162,20 @@ def depth(room, checkpoint, b):
     def score(lo, hi):
         parts = [x[lo:hi] for x in losses]
         text = [books.enc.decode_bytes(t[1 + lo:1 + hi].tolist()) for t in books.tokens]
-        nats, n, words = sum(x.sum() for x in parts), sum(map(len, parts)), sum(len(t.split()) for t in text)
-        return dict(start=lo, end=min(hi, longest), tokens=n, loss=nats / n,
-                    bits_per_byte=nats / math.log(2) / sum(map(len, text)), word_perplexity=math.exp(nats / words),
-                    memory=sum(x[lo:hi].sum() for x in empty) / n - nats / n,
-                    by_book=[[x.sum(), len(x)] for x in parts])
+        n, loss = sum(map(len, parts)), np.nanmean(np.concatenate(parts))
+        return dict(start=lo, end=min(hi, longest), tokens=n, loss=loss,
+                    bits_per_byte=loss * n / math.log(2) / sum(map(len, text)),
+                    word_perplexity=math.exp(loss * n / sum(len(t.split()) for t in text)),
+                    memory=np.nanmean(np.concatenate([x[lo:hi] for x in empty])) - loss,
+                    by_book=[[np.nansum(x), np.isfinite(x).sum()] for x in parts])
     longest, S = max(map(len, losses)), room.c.seg
     places = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
-    by_place = [np.concatenate([x[i::S] for x in losses for i in range(lo, hi)]).mean()
+    by_place = [np.nanmean(np.concatenate([x[i::S] for x in losses for i in range(lo, hi)]))
                 for lo, hi in zip(places, places[1:])]
-    return dict(books=len(books), parameters=sum(p.numel() for p in room.parameters()), all=score(0, longest),
+    plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
+    size = sum(p.numel() for p in room.parameters())
+    return dict(books=len(books), parameters=size, extra=size / sum(p.numel() for p in plain.parameters()) - 1,
+                all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
 
@@ -374,10 +387,10 @@ def summary(found):
     for name, r in found["rooms"].items():
         cells = {}
         if "depth" in r:
-            score = r["depth"]["all"]
-            cells.update({"parameters": f"{r['depth']['parameters'] / 1e6:.2f}M", "loss": f"{score['loss']:.3f}",
-                          "bits/byte": f"{score['bits_per_byte']:.3f}", "word ppl": f"{score['word_perplexity']:.0f}",
-                          "memory": f"{score['memory']:.3f}"})
+            d, score = r["depth"], r["depth"]["all"]
+            cells.update({"parameters": f"{d['parameters'] / 1e6:.2f}M", "extra": f"{d['extra']:.1%}",
+                          "loss": f"{score['loss']:.3f}", "bits/byte": f"{score['bits_per_byte']:.3f}",
+                          "word ppl": f"{score['word_perplexity']:.0f}", "memory": f"{score['memory']:.3f}"})
         if "recall" in r:
             cells.update({f"recall {column(s)}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
         if "cost" in r:

@@ -115,6 +115,20 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
     assert sum(s["tokens"] for s in found["by_position"]) == n
 
 
+def test_a_room_without_memory_does_not_care_who_takes_turns(shards):
+    room, checkpoint = tiny("gpt", vocab=320), dict(run=dict(tokenizer="bytes"))
+    one, two = (bench.depth(room, checkpoint, bench.Bench(data=str(shards), segments=2, interleave=n)) for n in (1, 2))
+    assert abs(one["all"]["loss"] - two["all"]["loss"]) < 1e-6 and one["extra"] == 0
+    assert np.allclose(one["all"]["by_book"], two["all"]["by_book"])
+
+
+def test_nobody_is_scored_where_one_room_has_seen_the_target(shards):
+    books, S = data.open_shards(shards, "validation"), 16
+    b = bench.Bench(data=str(shards), segments=2, seg=S, rooms="gpt,hmt:query=paper")
+    for x in bench.losses_of(tiny("gpt", vocab=320, seg=S), books, b):
+        assert (np.isnan(x) == (np.arange(len(x)) % S < S // 2 - 1)).all()
+
+
 def test_live_bytes_counts_what_is_alive_at_once():
     before = torch.ones(1000)
     with bench.LiveBytes() as live:
