@@ -219,6 +219,7 @@ def main(argv):
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
                 dist.all_reduce(targets)           # a token weighs the same whichever process has it
+            targets.clamp_(min=1)                  # a window of a stream may ask nothing
             for i in range(0, B, B // run.accum):
                 rows = slice(i, i + B // run.accum)
                 begin = stream.enter(room, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])

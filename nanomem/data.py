@@ -370,7 +370,24 @@ def needle(rng, B, T, distance=0):
     return x, y, at
 
 
-STREAMS = {"recall": recall, "needle": needle}
+def planted(rng, B, T, pairs=1, plant=16, gap=64, every=4):
+    """The first `plant` tokens are nothing but pairs, as in `recall`; then comes noise, in which from token `gap` on
+    one of `every` tokens is one of the keys and asks again. No answer follows, so that nothing nearer helps."""
+    if not plant <= gap <= T - every or every < 1:
+        raise UserError(f"pairs in {plant} tokens and questions every {every} from {gap} on do not fit into {T} tokens")
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :plant], y[:, :plant], at[:, :plant] = recall(rng, B, plant, pairs, plant // (2 * max(1, pairs)) - 1)
+    known = np.nonzero(y >= 0)[1].reshape(B, -1)                         # where a key has come back
+    asks = np.arange(gap, T - every + 1, every) + rng.integers(every, size=(B, (T - gap) // every))
+    again = np.take_along_axis(known, rng.integers(known.shape[1], size=asks.shape), 1)
+    x[rows, asks], y[rows, asks] = x[rows, again], y[rows, again]
+    last = ((x[:, None, :plant] == x[rows, asks][..., None]) * np.arange(plant)).max(-1)
+    at[rows, asks] = asks - last
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle, "planted": planted}
 
 
 def is_stream(name):
@@ -380,22 +397,28 @@ def is_stream(name):
 
 class Synthetic:
     """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone. Its knobs may
-    stand behind its name, "recall:pairs=8", or be given as arguments, which win."""
+    stand behind its name, "recall:pairs=8", or be given as arguments, which win. With windows=n a row lasts for n
+    windows, and back-propagation, which stays in one, reaches a part of it."""
 
     def __init__(self, name, rows, T, seed=0, **knobs):
         name, typed = variant(name)
         self.make, self.B, self.T, self.seed, self.i = STREAMS[name], rows, T, seed, 0
-        known = list(inspect.signature(self.make).parameters)[3:]
+        known = ["windows", *list(inspect.signature(self.make).parameters)[3:]]
         for k in typed:
             if k not in known:
                 raise UserError(f"{name} has no knob {k}: {nearest(k, known)}")
         self.knobs = {**{k: value(f"data={name}:{k}", v, int) for k, v in typed.items()}, **knobs}
+        self.n = self.knobs.pop("windows", 1)
+        if self.n < 1:
+            raise UserError(f"a row lasts for one window at least, got windows={self.n}")
 
     def next(self):
-        x, y, at = self.make(np.random.default_rng((self.seed, self.i)), self.B, self.T, **self.knobs)
-        book = np.arange(self.i * self.B, (self.i + 1) * self.B)
+        row, part = divmod(self.i, self.n)
         self.i += 1
-        return Batch(*map(torch.from_numpy, (x, y, np.ones(self.B, bool), at, book)))
+        x, y, at = self.make(np.random.default_rng((self.seed, row)), self.B, self.T * self.n, **self.knobs)
+        x, y, at = (a[:, part * self.T:(part + 1) * self.T] for a in (x, y, at))
+        book = np.arange(row * self.B, (row + 1) * self.B)
+        return Batch(*map(torch.from_numpy, (x, y, np.full(self.B, part == 0), at, book)))
 
     def state_dict(self):
         return dict(i=self.i)

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
 from nanomem import data
 from nanomem.cli import UserError
@@ -240,7 +241,7 @@ def test_the_answer_stands_where_the_distance_says(name):
     assert (batch.x[rows, t] == batch.x[rows, back]).all()                      # the same key stood there
     assert (batch.y[rows, t] == batch.x[rows, back + 1]).all()                  # and its value behind it
     for r, q, p in zip(rows, t, back):                                          # and nowhere in between
-        assert not (batch.x[r, p + 1:q] == batch.x[r, q]).any()
+        assert not ((batch.x[r, p + 1:q] == batch.x[r, q]) & (batch.x[r, p + 2:q + 1] == batch.y[r, q])).any()
     assert not data.Synthetic(name, 16, 128, seed=2).next().x.equal(batch.x)
 
 
@@ -253,6 +254,26 @@ def test_a_needle_lies_at_the_distance_asked_for():
                       (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number")]:
         with pytest.raises(UserError, match=why):
             make().next()
+
+
+def test_planted_pairs_are_asked_for_behind_a_gap_and_nobody_answers():
+    batch = data.Synthetic("planted:pairs=2:gap=40", 8, 96).next()
+    rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+    late = t >= 16
+    assert late.any() and t[late].min() >= 40
+    after = t[late] + 1 < 96
+    assert (batch.x[rows[late][after], t[late][after] + 1] != batch.y[rows[late][after], t[late][after]]).all()
+    with pytest.raises(UserError, match="from 96 on do not fit into 96 tokens"):
+        data.Synthetic("planted:gap=96", 8, 96).next()
+
+
+def test_a_row_that_lasts_for_several_windows_is_one_text():
+    whole, parts = data.Synthetic("planted", 4, 96), read(data.Synthetic("planted:windows=3", 4, 32), 6)
+    for i, batch in enumerate(read(whole, 2)):
+        three = parts[3 * i:3 * i + 3]
+        assert all(torch.cat([getattr(p, k) for p in three], 1).equal(getattr(batch, k)) for k in ("x", "y", "at"))
+        assert [p.fresh.tolist() for p in three] == [[True] * 4, [False] * 4, [False] * 4]
+        assert all(p.book.equal(batch.book) for p in three)
 
 
 def test_knobs_may_stand_behind_the_name():

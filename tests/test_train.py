@@ -110,6 +110,12 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
 
 
+def test_a_window_that_asks_nothing_costs_nothing(tmp_path):
+    go(tmp_path, "--data=planted:gap=48:windows=4", "--segments=1", "--steps=3", "--report=1")
+    losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "log.csv"))]
+    assert losses[0] > 0 and losses[1:] == [0, 0]
+
+
 def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys):
     def broken(*args, **kwargs):
         def call(*args):
