@@ -15,6 +15,7 @@ ROOMS = {
     "rmt": ("rmt", {}),
     "hmt": ("hmt", {}),
     "hmt-split": ("hmt", dict(query="split")),
+    "memformer": ("memformer", {}),
 }
 
 
