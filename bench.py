@@ -9,7 +9,8 @@
     depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
              and what memory is worth: how much the loss grows when every segment begins with an empty one
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    cost     training speed, time a decoded token, bytes, each as the context read grows; memory replay against BPTT
+    cost     training speed, time a decoded token, bytes, each as the context read grows
+    replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
 import contextlib
 import importlib.util
@@ -44,7 +45,7 @@ from nanomem.cli import UserError
 @dataclass
 class Bench:
     rooms: str = ""              # which rooms, ROOM:field=value for other settings (without it those of the task)
-    tasks: str = ""              # which of depth, recall, cost (without it all three)
+    tasks: str = ""              # which of depth, recall, cost, replay (without it the first three)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
     out: str = "out/bench"       # folder for checkpoints and report
@@ -88,7 +89,7 @@ TRIALS = dict(
                  test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
                  edges=tuple(range(0, 129, 16))),
 )
-TASKS = ("depth", *TRIALS, "cost")
+TASKS = ("depth", *TRIALS, "cost", "replay")
 QUICK = ("depth", "recall", "cost")   # without --tasks
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
@@ -337,20 +338,36 @@ def cost(room, b):
                 decode_growth=np.median(times[-1] / times[0]))
 
 
-def replay_cost(room, b):
-    """Peak activation bytes of back-propagation and of memory replay through 4 and 16 segments, and their times."""
-    found = {}
-    for name, walk in dict(bptt=stream.bptt, replay=stream.replay).items():
-        for K in (4, 16):
-            step = training_step(room, 2, K, walk)
-            step()                                          # the optimizer makes its own tensors once
-            with LiveBytes() as live:
-                step()
-            found[f"{name}_{K}"] = live.peak
-    both = (training_step(room, 2, 16, walk) for walk in (stream.bptt, stream.replay))
-    bptt, replay = seconds(stream.device_of(room), *both, rounds=3)
-    return dict(found, bptt_grows=found["bptt_16"] / found["bptt_4"],
-                replay_grows=found["replay_16"] / found["replay_4"], replay_time=np.median(replay / bptt))
+# ----------------------------------------------------------------------------------------------------------------------
+# replay
+
+def checkpointed(room, step, x, y, state, scale):
+    """Back-propagation in which autograd keeps what enters a segment, and walks it once more on the way back."""
+    again = lambda *args: torch.utils.checkpoint.checkpoint(step, *args, use_reentrant=False)
+    return stream.bptt(room, again, x, y, state, scale)
+
+
+WALKS = dict(bptt=stream.bptt, checkpoint=checkpointed, replay=stream.replay)
+
+
+def replay(room, rows=1, through=(2, 4, 8, 16, 32), rounds=3):
+    """Three ways to the same gradients through K segments: the most bytes alive at once beside weights and gradients,
+    and the time, each also as a multiple of what plain back-propagation takes."""
+    device, step, walks = stream.device_of(room), stream.step_of(room), {}
+    for K in through:
+        x = torch.randint(room.c.vocab, (rows, K * room.c.seg), device=device)
+        for way, walk in WALKS.items():
+            walks[way, K] = lambda walk=walk, x=x: walk(room, step, x, x, room.init_state(rows), 1 / x.numel())
+    walks["bptt", through[0]]()                              # makes the gradients, to which the others add
+    peaks = {}
+    for key, walk in walks.items():
+        with LiveBytes() as live:
+            walk()
+        peaks[key] = live.peak
+    times = dict(zip(walks, seconds(device, *walks.values(), rounds=rounds)))
+    return {way: [dict(K=K, peak=peaks[way, K], ms=1000 * np.median(times[way, K]),
+                       bytes_over_bptt=peaks[way, K] / peaks["bptt", K],
+                       time_over_bptt=np.median(times[way, K] / times["bptt", K])) for K in through] for way in WALKS}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -440,17 +457,29 @@ def details(found):
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
-    replay = ["bptt_4", "bptt_16", "replay_4", "replay_16"]
-    part(lambda r: "Peak bytes of a training step through 4 and 16 segments, by back-propagation and by memory replay, "
-                   "how each grows, and the time of replay over that of back-propagation at 16:", "cost",
-         lambda r: [k.replace("_", ", ") for k in replay] + ["bptt grows", "replay grows", "replay time"],
-         lambda r: [size(r["replay"][k]) for k in replay]
-         + [f"{r['replay'][k]:.2f}x" for k in ("bptt_grows", "replay_grows", "replay_time")])
+    parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r})
     gpt = found["rooms"].get("gpt", {}).get("cost")
     if gpt:
         parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
                      f"{'compiled' if found['settings']['compile'] else 'eager'}: {gpt['speed_over_plain']:.2f}x")
     return "\n\n".join(parts)
+
+
+def replay_table(rooms):
+    """[] or [the table of `replay`, a line for each room and way, with Memformer's own table 3 below]."""
+    if not rooms:
+        return []
+    columns = [f"K={x['K']}" for x in next(iter(rooms.values()))["bptt"]]
+    lines = [[name, way, *[f"{size(x['peak'])}, {x['ms']:.0f} ms" for x in r[way]],
+              *[f"{x['bytes_over_bptt']:.2f}x, {x['time_over_bptt']:.2f}x" for x in (r[way][1], r[way][-1])],
+              f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in rooms.items() for way in WALKS]
+    for way, megabytes, speed in zip(WALKS, (16177, 9885, 7229), (1.00, 0.48, 0.90)):
+        there = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
+        lines.append(["the paper", way, *there.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x", "", ""])
+    return ["Peak bytes and time of forward and backward through K segments, beside weights and gradients; both over "
+            f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's are from table 3 "
+            "of 2010.06891: 12 layers of width 512, all that the GPU held:\n\n"
+            + table(["room", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "grows"], lines)]
 
 
 def draw(found, out):
@@ -562,8 +591,8 @@ def main(argv):
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
     seeds = range(b.seed, b.seed + b.seeds)
     jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
-    trainings = [(b, task, spec, seed) for task, spec in jobs if task != "cost" for seed in seeds]
-    costs = [spec for task, spec in jobs if task == "cost"]
+    trainings = [(b, task, spec, seed) for task, spec in jobs if task not in ("cost", "replay") for seed in seeds]
+    costs = [(task, spec) for task, spec in jobs if task in ("cost", "replay")]
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if b.read < 2048:
@@ -581,11 +610,11 @@ def main(argv):
             runs[task, spec].append(result)
             bar.set_description(f"{task} of {spec}")
             bar.update()
-        for spec in costs:                                 # alone on the machine
+        for task, spec in costs:                           # alone on the machine
             torch.manual_seed(b.seed)
             room = room_of(b, spec).to(device)
-            runs["cost", spec].append(dict(cost(room, b), replay=replay_cost(room, b)))
-            bar.set_description(f"cost of {spec}")
+            runs[task, spec].append(cost(room, b) if task == "cost" else replay(room))
+            bar.set_description(f"{task} of {spec}")
             bar.update()
     for (task, spec), results in runs.items():
         found["rooms"][spec][task] = merged(results)

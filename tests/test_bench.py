@@ -156,6 +156,17 @@ def test_replay_holds_one_segment_however_many_there_are(name):
     assert peak(stream.replay, 16) - peak(stream.replay, 4) <= 12 * kept * 1.1
 
 
+def test_the_three_ways_of_replay_stand_in_one_table_beside_the_papers():
+    found = bench.replay(tiny("memformer", mem=4, layers=1, vocab=640), through=(2, 4, 16), rounds=1)
+    peak = {way: [x["peak"] for x in rows] for way, rows in found.items()}
+    assert [x["K"] for x in found["bptt"]] == [2, 4, 16] and all(x["ms"] > 0 for r in found.values() for x in r)
+    assert peak["bptt"][-1] > 3 * peak["bptt"][1]
+    assert peak["replay"][-1] < 1.05 * peak["replay"][1] and peak["checkpoint"][-1] < 1.05 * peak["checkpoint"][1]
+    text, = bench.replay_table({"memformer": found})
+    assert text.count("| memformer |") == text.count("| the paper |") == 3 and "0.45x, 1.11x" in text
+    assert bench.replay_table({}) == []
+
+
 def test_the_plain_model_is_as_large_as_gpt():
     c = nanomem.build("gpt").c
     size = lambda m: sum(p.numel() for p in m.parameters())
