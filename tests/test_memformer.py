@@ -280,11 +280,15 @@ def test_a_row_that_begins_anew_sends_no_gradient_into_the_memory_before():
     assert mem.grad[0].abs().sum() == 0 and mem.grad[1].abs().sum() > 0
 
 
-def test_the_last_loss_reaches_the_first_tokens():
-    room, seen = tiny("memformer"), []
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_a_question_teaches_the_writing_of_k_segments_and_no_more(K):
+    """A loss on the last of five segments moves the embeddings of every segment since the memory was detached."""
+    room, seen, tokens = tiny("memformer"), [], text(K=5)
     watch(room, seen)
-    walk(room, text(K=5))[0][:, -S:].sum().backward()
-    assert all(y.grad.abs().sum() > 0 for y in seen)
+    state = stream.detach(walk(room, tokens[:, :(5 - K) * S])[1]) if K < 5 else None
+    walk(room, tokens[:, (5 - K) * S:], state)[0][:, -S:].sum().backward()
+    assert [y.grad is not None and bool(y.grad.abs().sum() > 0) for y in seen] == [False] * (5 - K) + [True] * K
+    assert (room.writer.key.weight.grad is None) == (K == 1)
 
 
 def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
@@ -326,20 +330,16 @@ def test_compiled_replay_is_two_graphs():
 # memory and training
 
 @pytest.mark.slow
-@pytest.mark.parametrize("K, low, high", [(8, 0.9, 1), (4, 0, 0.5)])
-def test_a_pair_is_recalled_where_back_propagation_reached_it(tmp_path, K, low, high):
-    """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: windows of eight learn it, and remember it for
-    fifteen. Windows of four never teach the writer what to keep; they read what is left of what it writes untaught."""
-    steps = 1000 // K
-    train.main(["--room=memformer", f"--data=planted:windows={8 // K}", "--layers=2", "--heads=2", "--width=64",
-                "--seg=16", "--batch=32", f"--segments={K}", "--replay", "--lr=5e-3", f"--steps={steps}",
-                f"--validate={steps}", f"--out={tmp_path}"])
+def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
+    """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: it is learned, and remembered for fifteen.
+    Windows shorter than the gap are no control at chance: a reader can learn to use what an untaught writer leaves."""
+    train.main(["--room=memformer", "--data=planted", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
+                "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--validate=125", f"--out={tmp_path}"])
     room, right, asked = nanomem.load(tmp_path)[0], 0, 0
     for batch, _, hit in stream.evaluate(room, data.Synthetic("planted", 64, 16 * 16, seed=2), 4):
         late = batch.at >= 4 * 16
         right, asked = right + hit[late].sum().item(), asked + late.sum().item()
-    assert low <= right / asked <= high
-
+    assert right / asked > 0.9
 
 
 def test_a_few_steps_make_it_use_its_memory():
