@@ -2,7 +2,7 @@
 
     python bench.py                                       every room, small, on the embedded book: minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
-    python bench.py --rooms=rmt:mem=1,rmt:mem=16          rooms with other settings than their own
+    python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
     python bench.py --plot                                also draws the curves (needs matplotlib)
 
@@ -74,9 +74,11 @@ class Trial:
     about: str        # what the numbers are, over the table
     train: str        # flags of train.py
     steps: int
-    chance: float
+    segments: int     # K, segments in a window of training
     rooms: str = ""   # those it was made for; all where it is empty
+    data: str = ""    # the stream that teaches, if it has knobs
     test: str = ""    # the stream that asks, if its knobs are other ones
+    span: int = 0     # segments that a text lasts in training, if that can be more than a window
     rows: int = 64
     windows: int = 32
     lengths: tuple = (8,)   # segments of a test window; a column each, or with a single one
@@ -85,9 +87,14 @@ class Trial:
 
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, trained on windows of 4 segments of 16 tokens, tested on 8",
-                 "--batch=64 --segments=4 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 1 / data.VALUES,
+                 "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 4,
                  test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
                  edges=tuple(range(0, 129, 16))),
+    planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
+                  "trained on texts of 8 segments of 16 tokens, back-propagation through `segments` of them, tested on 16",
+                  "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, data="planted:gap=64", span=8,
+                  rooms="memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
+                  windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
 )
 TASKS = ("depth", *TRIALS, "cost", "replay")
 QUICK = ("depth", "recall", "cost")   # without --tasks
@@ -126,8 +133,12 @@ def flags_of(b, spec, task, seed):
     if task == "depth":
         same = ("data", "steps", "batch", "segments", "interleave", "lr", "layers", "heads", "width", "seg")
         return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
-    steps = b.stream_steps or TRIALS[task].steps
-    return [*flags, f"--data={task}", f"--steps={steps}", f"--validate={steps}", *TRIALS[task].train.split(), *own]
+    t = TRIALS[task]
+    K = int(settings.get("segments", t.segments))
+    parts = max(1, t.span // K)                  # windows that a text lasts: the more, the more steps for as many texts
+    steps = (b.stream_steps or t.steps) * parts
+    return [*flags, f"--data={t.data or task}" + f":windows={parts}" * (parts > 1), f"--segments={K}",
+            f"--steps={steps}", f"--validate={steps}", *t.train.split(), *own]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,7 +462,7 @@ def details(found):
          lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
          lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
     for task, t in TRIALS.items():
-        part(lambda r: f"Accuracy on {task}, {t.about} (chance {t.chance:.0%}; the number of questions in the last "
+        part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the last "
                        "line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
              lambda r: [f"{s['questions']:,.0f}" for s in r])
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
@@ -568,14 +579,14 @@ def rooms_of(text, task):
         name, settings = cli.variant(spec)
         if name not in nanomem.ROOMS:
             raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
-        cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config)
+        cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
     return specs
 
 
 def room_of(b, spec):
     """An untrained room of the size that reads books."""
     name, settings = cli.variant(spec)
-    (fields,), _ = cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config)
+    (fields, _), _ = cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
     return nanomem.build(name, **{**dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB),
                                   **fields})
 
