@@ -186,10 +186,30 @@ def depth(room, checkpoint, b):
                 for lo, hi in zip(places, places[1:])]
     plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
     size = sum(p.numel() for p in room.parameters())
-    return dict(books=len(books), parameters=size, extra=size / sum(p.numel() for p in plain.parameters()) - 1,
+    return dict(**strangers(room, books, b) if b.interleave > 1 else {}, books=len(books), parameters=size, extra=size / sum(p.numel() for p in plain.parameters()) - 1,
                 all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
+
+
+def strangers(room, books, b):
+    """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay), and
+    of a search, how much of its weight goes to memories of the book that the segment is from, and by chance would."""
+    swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
+    found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
+    if type(room).__name__ == "HMT" and room.c.query == "prev":
+        shares = []
+
+        def look(state):
+            w = room.weights(state).mean(1)                            # (B, N) over the rows of a memory
+            age = torch.arange(w.size(1), 0, -1, device=w.device)             # in segments, the newest last
+            there, own = age <= state["n"][:, None], age % b.interleave == 0
+            old = state["n"] >= 2 * b.interleave
+            shares.append(torch.stack([(w * own).sum(1), (there & own).sum(1) / there.sum(1).clamp(min=1)], 1)[old])
+            return state
+        losses_of(room, books, b, look)
+        found.update(zip(("own", "chance"), torch.cat(shares).mean(0).tolist()))
+    return found
 
 
 def interval(ours, theirs, draws=2000):
@@ -458,6 +478,12 @@ def details(found):
              "depth", lambda r: ["all", *depths(r)], against)
     part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
          "depth", depths, lambda r: [f"{s['memory']:.3f}" for s in r["by_position"]])
+    if found["settings"]["interleave"] > 1:
+        part(lambda r: "Books in turns: the loss, and the loss with the memory of another row; how much of a search's weight "
+                       "lies on memories of the segment's own book, and their share in the bank:", "depth",
+             lambda r: ["loss", "a stranger's memory", "weight on own book", "chance"],
+             lambda r: [f"{r['all']['loss']:.3f}", f"{r['stranger']:.3f}",
+                        *(f"{r[k]:.1%}" if k in r else "" for k in ("own", "chance"))])
     part(lambda r: "Loss by place in the segment:", "depth",
          lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
          lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])

@@ -122,6 +122,16 @@ def test_a_room_without_memory_does_not_care_who_takes_turns(shards):
     assert np.allclose(one["all"]["by_book"], two["all"]["by_book"])
 
 
+def test_a_search_that_looks_at_its_own_book_alone_is_told_from_chance(shards):
+    room, b = tiny("hmt", vocab=320, bank=4), bench.Bench(data=str(shards), segments=2, interleave=2)
+    books = data.open_shards(shards, "validation")
+    blind = tiny("hmt", vocab=320, bank=4, search="uniform")
+    found = bench.strangers(blind, books, b)
+    assert abs(found["own"] - found["chance"]) < 1e-6 and 0.4 < found["chance"] <= 0.5
+    room.weights = lambda state, tokens=None: torch.eye(4)[2].expand(len(state["n"]), room.c.M, 4)   # two segments ago
+    assert bench.strangers(room, books, b)["own"] == 1
+
+
 def test_nobody_is_scored_where_one_room_has_seen_the_target(shards):
     books, S = data.open_shards(shards, "validation"), 16
     b = bench.Bench(data=str(shards), segments=2, seg=S, rooms="gpt,hmt:query=paper")
