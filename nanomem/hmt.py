@@ -50,9 +50,10 @@ class HMT(GPT):
     paper    Hierarchical Memory Transformer 2405.06067, section 3, eq. 1-5, figure 1
     departs  the paper's own query is the first half of the segment that P is then put in front of, so that this half
              can be guessed from P: query=paper, which cannot stream, and is scored on clean positions only. A learned
-             gain on P; Wq = Wk at the start, a search for what is alike; M rows where the paper has one, each searching
-             its own past; a book's first segment has rows of zeros as sensory tokens; the summary is made in every
-             segment's own call, also where there is no choice yet, not for all segments of a window at once
+             gain on P, from 1, since our embeddings have unit RMS as hidden states do; Wq = Wk at the start, a search
+             for what is alike; M rows where the paper has one, each searching its own past; a book's first segment has
+             rows of zeros as sensory tokens; the summary is made in every segment's own call, also where there is no
+             choice yet, not for all segments of a window at once (on a CPU that is no faster from 8 rows on)
     """
     Config = Config
 

@@ -202,13 +202,14 @@ def test_a_new_search_finds_what_is_like_the_query():
 # gradients
 
 def search_gradients(room):
-    return [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in (room.prompt, room.query.weight, room.key.weight)]
+    found = (room.prompt.grad, room.query.weight.grad, room.key.weight.grad)
+    return [grad is not None and bool(grad.abs().sum() > 0) for grad in found]
 
 
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_the_search_learns_only_from_three_segments_on(query, K):
-    """A softmax over the one memory of a two-segment window is 1 whatever the weights. The first memory always learns."""
+    """The one memory of a two-segment window has weight 1, whatever asks for it. The first memory always learns."""
     room = tiny("hmt", query=query)
     walk(room, text(K=K))[0][:, -S:].sum().backward()
     assert search_gradients(room) == [K >= 3] * 3
@@ -272,8 +273,8 @@ def test_settings_that_make_no_memory_are_refused():
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_pure_noise_cannot_be_predicted_but_by_looking(query):
-    """A hundred steps on random tokens with a bank of random memories: what is scored stays at chance, and the published
-    query learns to tell by its choice of a memory which token it has seen."""
+    """A hundred steps on random tokens with a bank of random memories: what is scored stays at chance, and the
+    published query learns to tell by its choice of a memory which token it has seen."""
     torch.manual_seed(0)
     room = nanomem.build("hmt", vocab=4, layers=1, heads=2, width=32, seg=4, mem=1, sensory=0, bank=6, query=query)
     state = full(room, B=128)
