@@ -15,6 +15,7 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -53,7 +54,8 @@ class Bench:
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
-    interleave: int = 1          # books that a row reads in turns, a segment of each
+    interleave: int = 1          # books that a row reads in turns
+    turn: int = 1                # segments that a turn lasts
     layers: int = 4              # of the rooms that read books
     heads: int = 4               # attention heads
     width: int = 128             # channels
@@ -131,7 +133,7 @@ def flags_of(b, spec, task, seed):
     flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
     own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
-        same = ("data", "steps", "batch", "segments", "interleave", "lr", "layers", "heads", "width", "seg")
+        same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr", "layers", "heads", "width", "seg")
         return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
     t = TRIALS[task]
     K = int(settings.get("segments", t.segments))
@@ -146,7 +148,7 @@ def flags_of(b, spec, task, seed):
 
 def losses_of(room, books, b, change=lambda state: state):
     """The loss of every token of the books, an array for each book, nan where one of the rooms must not be scored."""
-    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, seg=room.c.seg)
+    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, turn=b.turn * room.c.seg)
     loader = data.Bookmarks(books, rows, room.c.seg * b.segments, once=True, **turns)
     losses = [np.full(len(t) - 1, np.nan) for t in books.tokens]
     for batch, nll, _ in stream.evaluate(room, loader, like=leaky(b), change=change):
@@ -186,8 +188,8 @@ def depth(room, checkpoint, b):
                 for lo, hi in zip(places, places[1:])]
     plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
     size = sum(p.numel() for p in room.parameters())
-    return dict(**strangers(room, books, b) if b.interleave > 1 else {}, books=len(books), parameters=size, extra=size / sum(p.numel() for p in plain.parameters()) - 1,
-                all=score(0, longest),
+    return dict(strangers(room, books, b) if b.interleave > 1 else {}, books=len(books), parameters=size,
+                extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
 
@@ -198,13 +200,14 @@ def strangers(room, books, b):
     swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
     found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
     if type(room).__name__ == "HMT" and room.c.query == "prev":
-        shares = []
+        shares, place = [], itertools.cycle(range(b.interleave * b.turn))       # in a round of turns
 
         def look(state):
-            w = room.weights(state).mean(1)                            # (B, N) over the rows of a memory
+            w = room.weights(state).mean(1)                                   # (B, N) over the rows of a memory
             age = torch.arange(w.size(1), 0, -1, device=w.device)             # in segments, the newest last
-            there, own = age <= state["n"][:, None], age % b.interleave == 0
-            old = state["n"] >= 2 * b.interleave
+            i = next(place)
+            there, own = age <= state["n"][:, None], ((i - age) // b.turn - i // b.turn) % b.interleave == 0
+            old = state["n"] >= min(2 * b.interleave * b.turn, w.size(1))       # there is something to choose from
             shares.append(torch.stack([(w * own).sum(1), (there & own).sum(1) / there.sum(1).clamp(min=1)], 1)[old])
             return state
         losses_of(room, books, b, look)

@@ -37,7 +37,8 @@ class Run:
     steps: int = 600             # optimizer steps
     batch: int = 8               # B, rows: books read side by side, on all devices together
     segments: int = 4            # K, segments in a window: how far back-propagation reaches
-    interleave: int = 1          # books that a row reads in turns, a segment of each
+    interleave: int = 1          # books that a row reads in turns
+    turn: int = 1                # segments that a turn lasts
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that the rows of a step are split into, one after the other
     lr: float = 4e-3             # peak learning rate of AdamW
@@ -64,7 +65,7 @@ def flags(argv):
 
 
 def check(run, world):
-    for name in ("steps", "batch", "segments", "interleave", "accum", "report", "validate", "windows"):
+    for name in ("steps", "batch", "segments", "interleave", "turn", "accum", "report", "validate", "windows"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
     if run.dtype not in ("", "float32", "bfloat16"):
@@ -92,7 +93,7 @@ def machine(run):
 
 def windows_of(run, seg):
     """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
-    T, turns = run.segments * seg, dict(interleave=run.interleave, seg=seg)
+    T, turns = run.segments * seg, dict(interleave=run.interleave, turn=run.turn * seg)
     if data.is_stream(run.data):
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
                 lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
@@ -141,7 +142,7 @@ def resumed(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
     saved = stream.load(last, "checkpoint")
     was = {**saved["run"], **saved["config"], "room": saved["room"]}
-    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "seed")}
+    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "turn", "seed")}
     for k, v in {**fixed, **fields, "room": typed.get("room", Run.room)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")

@@ -14,7 +14,7 @@ ROOMS = {
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
     "hmt": ("hmt", {}),
-    "hmt-split": ("hmt", dict(query="split")),
+    "hmt_split": ("hmt", dict(query="split")),
     "memformer": ("memformer", {}),
 }
 

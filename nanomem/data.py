@@ -260,14 +260,14 @@ class Bookmarks:
     With fewer books than bookmarks, the books are cut into pieces of equal length first, about four for each bookmark;
     `piece` sets that length. Memory starts afresh in each piece.
 
-    `interleave` bookmarks share a row and take turns, `seg` tokens each; a target stays in its own book. The row is
+    `interleave` bookmarks share a row and take turns, `turn` tokens each; a target stays in its own book. The row is
     fresh when any of them opens a book.
     """
 
-    def __init__(self, books, rows, T, seed=0, once=False, piece=None, interleave=1, seg=1):
-        if interleave < 1 or T % (interleave * seg):
-            raise UserError(f"{interleave} books do not take even turns in {T // seg} segments of {seg} tokens")
-        self.turns, self.seg = interleave, seg
+    def __init__(self, books, rows, T, seed=0, once=False, piece=None, interleave=1, turn=1):
+        if interleave < 1 or T % (interleave * turn):
+            raise UserError(f"{interleave} books do not take even turns of {turn} tokens in a window of {T}")
+        self.turns, self.turn = interleave, turn
         rows, T = rows * interleave, T // interleave
         self.books, self.B, self.T, self.seed, self.once = books, rows, T, seed, once
         if piece is None and len(books) < rows and not once:
@@ -311,8 +311,8 @@ class Bookmarks:
         return Batch(*map(torch.from_numpy, (x, y, fresh, at, book)))
 
     def take_turns(self, rows):
-        """Windows (G*B, T/G) of G*B bookmarks -> (B, T): row b is segment 0 of bookmarks b, B+b, 2B+b, ..., then 1."""
-        return rows.reshape(self.turns, -1, self.T // self.seg, self.seg).transpose(1, 2, 0, 3).reshape(
+        """Windows (G*B, T/G) of G*B bookmarks -> (B, T): row b is turn 0 of bookmarks b, B+b, 2B+b, ..., then 1."""
+        return rows.reshape(self.turns, -1, self.T // self.turn, self.turn).transpose(1, 2, 0, 3).reshape(
             self.B // self.turns, -1)
 
     def state_dict(self):

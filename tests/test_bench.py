@@ -130,6 +130,8 @@ def test_a_search_that_looks_at_its_own_book_alone_is_told_from_chance(shards):
     assert abs(found["own"] - found["chance"]) < 1e-6 and 0.4 < found["chance"] <= 0.5
     room.weights = lambda state, tokens=None: torch.eye(4)[2].expand(len(state["n"]), room.c.M, 4)   # two segments ago
     assert bench.strangers(room, books, b)["own"] == 1
+    b.turn, b.segments = 2, 4
+    assert bench.strangers(room, books, b)["own"] == 0                # two segments ago it was the other's turn
 
 
 def test_nobody_is_scored_where_one_room_has_seen_the_target(shards):

@@ -185,7 +185,7 @@ def test_epochs_are_shuffled_differently_and_the_seed_decides():
 def test_a_row_takes_turns_between_its_books_and_every_target_stays_in_its_own(turns):
     """The same law as above, segment by segment; a book goes on after its turn where it was before."""
     lengths, S = (50, 7, 33, 20, 1, 64, 12, 29), 4
-    loader = data.Bookmarks(books(*lengths), rows=2, T=2 * turns * S, once=True, interleave=turns, seg=S)
+    loader = data.Bookmarks(books(*lengths), rows=2, T=2 * turns * S, once=True, interleave=turns, turn=S)
     seen = []
     with pytest.raises(StopIteration):
         while True:
@@ -210,12 +210,12 @@ def test_a_row_takes_turns_between_its_books_and_every_target_stays_in_its_own(t
 
 
 def test_turns_that_do_not_come_out_even_are_refused():
-    with pytest.raises(UserError, match="3 books do not take even turns in 4 segments of 16 tokens"):
-        data.Bookmarks(books(50, 50, 50), 1, 64, interleave=3, seg=16)
+    with pytest.raises(UserError, match="3 books do not take even turns of 16 tokens in a window of 64"):
+        data.Bookmarks(books(50, 50, 50), 1, 64, interleave=3, turn=16)
 
 
 @pytest.mark.parametrize("make", [lambda: data.Bookmarks(books(50, 7, 33, 20), rows=2, T=8),
-                                  lambda: data.Bookmarks(books(50, 7, 33, 20), rows=1, T=8, interleave=2, seg=2),
+                                  lambda: data.Bookmarks(books(50, 7, 33, 20), rows=1, T=8, interleave=2, turn=2),
                                   lambda: data.Synthetic("recall", 2, 64)], ids=["books", "interleaved", "recall"])
 def test_a_saved_position_goes_on_with_the_same_batches(make):
     loader, again = make(), make()

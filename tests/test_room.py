@@ -11,7 +11,7 @@ from conftest import TINY, tiny
 S, V = TINY["seg"], TINY["vocab"]
 # each memory switched off
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
-           rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt-split")},
+           rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt_split")},
            memformer=dict(mem=0))
 
 
