@@ -49,6 +49,7 @@ class Bench:
     tasks: str = ""              # which of depth, recall, cost, replay (without it the first three)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
+    upto: int = 0                # tokens that it reads of each (0: all)
     out: str = "out/bench"       # folder for checkpoints and report
     steps: int = 120             # training steps on books
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
@@ -170,6 +171,7 @@ def depth(room, checkpoint, b):
     """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books; the loss
     by place in the segment; and how much it grows when every segment begins with an empty memory."""
     books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
+    books.tokens = [t[:b.upto + 1 if b.upto else None] for t in books.tokens]
     losses = losses_of(room, books, b)
     empty = losses_of(room, books, b, lambda state: room.init_state(len(next(iter(state.values())))) if state else state)
 

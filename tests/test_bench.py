@@ -100,6 +100,7 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
     room = tiny("rmt", vocab=320)
     books = data.open_shards(shards, "validation")
     found = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2))
+    few = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2, upto=100))
     nats = 0.0
     for tokens in books.tokens:                               # the slow way: a book at a time
         ids, state = torch.tensor(tokens.astype(np.int64))[None], room.init_state(1)
@@ -108,6 +109,7 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
             logits, state = room(torch.nn.functional.pad(x, (0, room.c.seg - x.size(1))), state)
             nats += torch.nn.functional.cross_entropy(logits[0, :y.size(1)], y[0], reduction="sum").item()
     n = sum(books.sizes)
+    assert few["all"]["tokens"] == 100 * len(books.tokens)
     assert found["all"]["tokens"] == n and abs(found["all"]["loss"] - nats / n) < 1e-4
     assert abs(found["all"]["bits_per_byte"] - nats / n / np.log(2)) < 1e-4     # one byte a token
     assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(books.words)) - 1) < 1e-3
