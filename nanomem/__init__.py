@@ -13,6 +13,10 @@ ROOMS = {
     "xl": ("xl", {}),
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
+    "mamba": ("bmojo", dict(mix="ssm")),
+    "hybrid": ("bmojo", dict(mix="ssm,window")),
+    "bmojo_f": ("bmojo", dict(eidetic=0)),
+    "bmojo": ("bmojo", {}),
 }
 
 

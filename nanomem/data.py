@@ -354,7 +354,26 @@ def needle(rng, B, T, distance=0):
     return x, y, at
 
 
-STREAMS = {"recall": recall, "needle": needle}
+def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
+    """Multi-query associative recall (Zoology 2312.04927). All pairs stand at the beginning (0: one for 8 tokens of the
+    text); later each key comes once more, alone, and asks for its value. The question takes the g-th free place with a
+    probability that goes like g^(power - 1), so most come soon. The rest is blank, or noise."""
+    pairs = pairs or min(KEYS, T // 8)
+    if not 0 < pairs <= KEYS or 4 * pairs > T:
+        raise UserError(f"{pairs} pairs and their questions do not fit into {KEYS} keys and {T} tokens")
+    free = np.arange(2 * pairs, T - 1, 2)
+    chance = (power - 1) * np.log(np.arange(1, len(free) + 1)) + rng.gumbel(size=(B, len(free)))
+    asks = free[np.argsort(-chance, 1)[:, :pairs]]   # the largest: drawn one after the other without replacement
+    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs]
+    value = NOISE + rng.permuted(np.tile(np.arange(VALUES), (B, 1)), axis=1)[:, :pairs]
+    x, rows = filler(rng, B, T) * noise, np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :2 * pairs] = np.stack([key, value], 2).reshape(B, -1)
+    x[rows, asks], y[rows, asks], at[rows, asks] = key, value, asks - np.arange(0, 2 * pairs, 2)
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle, "mqar": mqar}
 
 
 class Synthetic:
