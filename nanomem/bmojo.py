@@ -1,8 +1,9 @@
-"""B'MOJO: a window of raw tokens, a state space that fades, and the tokens that surprised it most, in one attention.
+"""B'MOJO: a window of raw tokens, the outputs of a state space that fades, and the tokens that surprised it the most.
 
-    w tokens in a window and in a chunk     G chunks in this call     t tokens in each of them
+    w tokens in a window and in a chunk     G chunks in a call     t tokens in each of them, less than w while decoding
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,34 +13,33 @@ from torch.nn import functional as F
 from . import gpt
 from .gpt import GPT, MLP, angles, attend, norm, rotate
 
-TAPS = 4   # tokens that a short convolution sees, and that the innovation compares: this one and the three before it
+TAPS = 4   # tokens that the short convolution sees, and that the innovation compares: one and the three before it
 
 
 @dataclass
 class Config(gpt.Config):
-    mix: str = "bmojo"           # the layers, in turn: bmojo, ssm (state space only), window (attention only)
-    window: int = -1             # w, tokens that are seen as they are, and a chunk; -1: a quarter segment; 0: only one's own
+    mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
+    window: int = -1             # w, raw tokens that a token sees; -1: a quarter of a segment; 0: no past, plain GPT
     eidetic: int = -1            # M, tokens kept for good; -1: as many as the window
-    fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: those w to 2w before each token
-    conv: bool = True            # a short convolution ties each key and value to the tokens before it
-    rope: bool = True            # positions, counted from the chunk; the paper has none
-    select: str = "innovation"   # who is kept: innovation, random, or as an oracle the token ids 16:48
+    fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the w before the window
+    conv: bool = True            # a short convolution, which ties each token to the three before it
+    rope: bool = True            # positions, counted within two windows; the paper has none
+    select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo:hi
 
     kinds = property(lambda c: [c.mix.split(",")[i % len(c.mix.split(","))] for i in range(c.layers)])
-    keep = property(lambda c: c.window if c.window >= 0 else next(w for w in range(max(1, c.seg // 4), 0, -1)
-                                                                  if c.seg % w == 0))   # rows of the past in a window
-    w = property(lambda c: c.keep or c.seg)
-    M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.keep)
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are carried to the next segment
+                    next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
+    w = property(lambda c: c.past or c.seg)
+    M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
 
     def __post_init__(self):
         super().__post_init__()
         for kind in self.mix.split(","):
-            assert kind in ("bmojo", "ssm", "window"), f"mix is of bmojo, ssm and window, got '{kind}'"
-        assert self.seg % self.w == 0, f"a segment of {self.seg} tokens is not whole chunks of window={self.window}"
-        assert -1 <= self.fading <= 2 * self.w, f"fading is -1 to 2 windows = {2 * self.w}, got {self.fading}"
+            assert kind in ("bmojo", "ssm", "window"), f"mix is made of bmojo, ssm and window, got '{kind}'"
+        assert self.window >= -1 and self.seg % self.w == 0, f"window={self.window} does not cut {self.seg} tokens"
+        assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
         assert self.eidetic >= -1, f"eidetic counts tokens, got {self.eidetic}"
-        lo, _, hi = self.select.partition(":")
-        assert self.select in ("innovation", "random") or lo.isdigit() and hi.isdigit(), \
+        assert re.fullmatch(r"innovation|random|\d+:\d+", self.select), \
             f"select is innovation, random or token ids lo:hi, got '{self.select}'"
 
 
@@ -53,85 +53,81 @@ def step(x, a, b, c, h):
 
 
 def decays(a):
-    """What is left at i of what came at j, the exp of the sum of a over j < r <= i: a (..., n) -> (..., n, n)."""
+    """What is left at i of what came at j: exp of the sum of a over j < r <= i, a (..., n) -> (..., n, n)."""
     a = a.cumsum(-1)
     later = torch.ones(a.size(-1), a.size(-1), dtype=torch.bool, device=a.device).triu(1)
     return (a[..., :, None] - a[..., None, :]).masked_fill(later, -math.inf).exp()
 
 
 def scan(x, a, b, c, h, Q=64):
-    """All T tokens at once, in matrix products: attention with decay inside chunks of Q, and one state for each chunk
-    handed to all later ones (Mamba-2 2405.21060, section 6). The same map as `step`, T times."""
+    """`step` for T tokens at once, in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside
+    each of K chunks of Q tokens, and all their states from what each of them adds."""
     T = x.size(1)
     Q = min(Q, T)
     x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)).unflatten(1, (-1, Q)) for v in (x, a, b, c))
-    a = a.permute(0, 3, 1, 2)                                                 # (B, H, K, Q)
-    left = decays(a)                                                          # (B, H, K, Q, Q)
-    y = torch.einsum("bkin,bkjn,bhkij,bkjhd->bkihd", c, b, left, x)           # what came in the same chunk
-    new = torch.einsum("bhkj,bkjhd,bkjn->bhkdn", left[..., -1, :], x, b)      # what a chunk adds to the state
-    h = torch.cat([h[:, :, None], new], 2)                                    # (B, H, 1+K, D, N)
+    a = a.permute(0, 3, 1, 2)                                                   # (B, H, K, Q)
+    left = decays(a)                                                            # (B, H, K, Q, Q)
+    y = torch.einsum("bkin,bkjn,bhkij,bkjhd->bkihd", c, b, left, x)             # of the same chunk
+    new = torch.einsum("bhkj,bkjhd,bkjn->bhkdn", left[..., -1, :], x, b)        # what a chunk adds to the state
+    h = torch.cat([h[:, :, None], new], 2)                                      # (B, H, 1+K, D, N)
     h = torch.einsum("bhij,bhjdn->bhidn", decays(F.pad(a.sum(-1), (1, 0))), h)  # before each chunk, and at the end
     y = y + torch.einsum("bhki,bkin,bhkdn->bkihd", a.cumsum(-1).exp(), c, h[:, :, :-1])
     return y.flatten(1, 2)[:, :T], h[:, :, -1]
 
 
 class SSM(nn.Module):
-    """Mamba-2's block on the heads of the attention: H states (D, D) that forget at a rate read from each token.
-
-    remembers  h (B, H, D, D)
-    """
+    """Mamba-2's block, on the heads of the attention: each forgets at a rate of its own, read from the token."""
 
     def __init__(self, c):
         super().__init__()
         self.c, C, H, D = c, c.width, c.heads, c.head_dim
         self.inp = nn.Linear(C, 2 * C + 2 * D + H, bias=False)
-        dt = torch.empty(H).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt = nn.Parameter(dt.expm1().log())                              # its softplus is dt again
-        self.A = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.dt = nn.Parameter(torch.full((H,), math.log(math.expm1(0.1))))      # its softplus is 0.1
+        self.A = nn.Parameter(torch.linspace(math.log(0.01), 0, H))              # half lives of 7 to 700 tokens
         self.skip = nn.Parameter(torch.ones(H))
         self.out = nn.Linear(C, C, bias=False)
 
     def start(self, zeros):
         return dict(h=zeros(self.c.heads, self.c.head_dim, self.c.head_dim))
 
-    def forward(self, u, past):
+    def forward(self, u, h):
         C, H, D = self.c.width, self.c.heads, self.c.head_dim
-        z, xbc, dt = self.inp(u).split([C, C + 2 * D, H], -1)
-        with torch.autocast(u.device.type, enabled=False):                    # decays want all their digits
-            x, b, c = F.silu(xbc).type_as(self.A).split([C, D, D], -1)
-            x, dt = x.unflatten(2, (H, D)), F.softplus(dt + self.dt)          # (B, T, H, D), (B, T, H)
-            y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, past["h"])
+        z, x, b, c, dt = self.inp(u).split([C, C, D, D, H], -1)
+        with torch.autocast(u.device.type, enabled=False):                       # decays want all their digits
+            x, b, c = F.silu(x.type_as(self.A)).unflatten(2, (H, D)), norm(b.type_as(self.A)), norm(c.type_as(self.A))
+            dt = F.softplus(dt + self.dt)                                        # (B, T, H)
+            y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
             y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
-        return self.out(norm(y * F.silu(z))), dict(h=h)
+        return self.out(norm(y * F.silu(z))), h
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The attention: one softmax over window, fading tokens and eidetic tokens
+# The attention: one softmax over raw, fading and eidetic tokens
 
 class Here:
     """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
 
     def __init__(self, c, tokens, n, P):
         T, device = tokens.size(1), tokens.device
-        self.n, self.first, self.end = n, P - P % c.w, P + T
-        self.at = torch.arange(P, P + T, device=device)                       # (T,) in the segment
-        self.start = torch.arange(self.first, P + T, c.w, device=device)      # (G,) where the chunks begin, the same
+        self.n, self.first, self.end = n, P - P % c.w, P + T                     # the chunks begin at first
+        self.at = torch.arange(P, P + T, device=device)                          # (T,)
+        self.start = torch.arange(self.first, P + T, c.w, device=device)         # (G,) of each chunk
         self.G = len(self.start)
-        self.j = self.at[-(T // self.G):, None] - self.start[-1]              # (t, 1) in a chunk
-        self.bonus = 0                                                        # for the innovation, only in ablations:
+        self.j = self.at[-(T // self.G):, None] - self.start[-1]                 # (t, 1) in its chunk
+        self.bonus = 0                                                           # (B, T), only for ablations
         if c.select == "random":
-            self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()   # (B, T) noise
+            self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
         elif c.select != "innovation":
             lo, hi = map(int, c.select.split(":"))
-            self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))               # (B, T) who knows the answer helps
+            self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))
 
-    def exist(self, p):
-        """Places p (m,) of each chunk that lie behind the beginning of the text: (B, G, 1, m)."""
-        return (self.start[:, None] + p >= -self.n[:, None, None])[:, :, None]
+    def see(self, near, p):
+        """Which tokens see places p (m,) of their chunk: the near ones (t, m), if the text had begun. (B, G, t, m)"""
+        return near & (self.start[:, None] + p >= -self.n[:, None, None])[:, :, None]
 
     def blocks(self, x, size):
-        """x (B, ., H, D) in blocks of a size, as many as chunks or more: what each chunk sees of it, as pieces
-        (B, G, size, H, D), its own block and the ones behind that."""
+        """x (B, ., H, D) in blocks of a size: a chunk sees its own block, the first of the chunks the first of the
+        blocks, and the next one if there are more blocks than chunks. Pieces (B, G, size, H, D)."""
         if self.G == 1:
             return [x[:, None]]
         x = x.unflatten(1, (-1, size))
@@ -139,13 +135,8 @@ class Here:
 
 
 class Attention(gpt.Attention):
-    """Of what is older than its chunk a token sees a snapshot taken when the chunk began, so that the chunks of a call do
-    not wait for each other.
-
-    remembers  kv (B, M+w, 2C) keys and values: M eidetic tokens, then the last w   eps (B, M+w) their innovation, -1
-               where there is none   at (B, M+w) their place in the text   y (B, 3, C) the last outputs of the state space
-               faded (B, 2w, 2C) keys and values of outputs
-    """
+    """Of all that is older than its chunk a token sees what was there when the chunk began, so that no chunk of a call
+    waits for another. By their age: 0 to w raw tokens, w to 2w fading ones, and eidetic ones beyond w."""
 
     def __init__(self, c, kind):
         super().__init__(c)
@@ -153,7 +144,7 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        C, M, w = self.c.width, self.M, self.c.keep
+        C, M, w = self.c.width, self.M, self.c.past
         past = dict(kv=zeros(M + w, 2 * C))
         if self.fading:
             past.update(faded=zeros(2 * w, 2 * C))
@@ -162,67 +153,68 @@ class Attention(gpt.Attention):
         return past
 
     def turn(self, k, p):
-        """Queries or keys (B, ., C) at places p of the segment: QK-norm and RoPE, (B, ., H, D)."""
+        """Queries or keys (B, ., C) at places p: QK-norm and RoPE, (B, ., H, D)."""
         turn = angles(p * self.c.rope, self.c.head_dim)
         return rotate(norm(k.unflatten(-1, (self.heads, -1))), [x[:, None] for x in turn])
 
-    def best(self, eps, before):
-        """The M largest of the first before (G,) of eps (B, n): values, -1 where there are fewer, and indices."""
-        late = torch.arange(eps.size(1), device=eps.device) >= before[:, None]           # (G, n)
-        return eps[:, None].masked_fill(late, -1).topk(self.M, -1)                       # (B, G, M) both
-
-    def forward(self, u, y, past, here):
-        """The block's input u and the state space's output y, (B, T, C) both, -> (B, T, C) and what it remembers."""
-        c, M, w, G, first, (B, T, C) = self.c, self.M, self.c.w, here.G, here.first, u.shape
-        q, kv = self.qkv(u).split([C, 2 * C], -1)
-        kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
-        now = dict(kv=kv)
-
-        # the window: age 0 to w
-        p = torch.arange(-c.keep, here.end - here.first if G == 1 else w, device=u.device)
-        near = (here.j - p >= 0) & (here.j - p < w)
-        places = torch.arange(first - c.keep, here.end, device=u.device)
-        seen = [(kv[:, M + first:], places, w, near & here.exist(p))]
-
-        if self.fading:   # age w to 2 w, or the last n before the chunk
-            faded = F.linear(norm(y), self.qkv.weight[C:])
-            faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
-            p = torch.arange(-2 * w, 0, device=u.device)
-            near = (here.j - p >= w) & (here.j - p < 2 * w) if self.fading < 0 else (p >= -self.fading).expand(len(here.j), -1)
-            places = torch.arange(first - 2 * w, first + (G - 1) * w, device=u.device)
-            seen += [(faded[:, first:first + len(places)], places, w, near & here.exist(p))]
-
-        if M:             # age w and more: none is seen twice
-            now.update(self.surprise(y, past, here))
-            eps, i = self.best(now["eps"], M + c.keep + here.start)                      # (B, G, M)
-            rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
-            age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            far = (here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]
-            seen += [(rows, (here.start - w).repeat_interleave(M), M, far)]
-
-        k = torch.cat([piece for rows, p, size, _ in seen for piece in here.blocks(self.turn(rows[..., :C], p), size)], 2)
-        v = torch.cat([piece for rows, _, size, _ in seen
-                       for piece in here.blocks(rows[..., C:].unflatten(2, (self.heads, -1)), size)], 2)
-        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (self.turn(q, here.at).unflatten(1, (G, -1)), k, v))
-        mask = torch.cat([m for *_, m in seen], -1).flatten(0, 1)[:, None]               # (BG, 1, t, m)
-        o = attend(q, k, v, mask)                                                        # (BG, H, t, D)
-        return self.out(o.transpose(1, 2).reshape(B, T, C)), now
-
     @torch.no_grad()
     def surprise(self, y, past, here):
-        """The innovation of every token: how far y_t is from the mean of the outputs before it."""
+        """The innovation of each token: how far y_t is from the mean of the outputs before it."""
         y = torch.cat([past["y"], y.type_as(past["y"])], 1)                              # (B, 3+T, C)
         guess = y.unfold(1, TAPS - 1, 1)[:, :-1].mean(-1)
         eps = (y[:, TAPS - 1:] - guess).norm(dim=-1) + here.bonus                        # (B, T)
         return dict(eps=torch.cat([past["eps"], eps], 1), at=torch.cat([past["at"], here.n[:, None] + here.at], 1),
                     y=y[:, 1 - TAPS:])
 
+    def best(self, eps, before):
+        """The M largest of the first before (G,) of eps (B, .), -1 where there are fewer, and their indices."""
+        late = torch.arange(eps.size(1), device=eps.device) >= before[:, None]           # (G, .)
+        return eps[:, None].masked_fill(late, -1).topk(self.M, -1)                       # (B, G, M) both
+
+    def forward(self, u, y, past, here):
+        """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
+        c, M, w, G, first, (B, T, C) = self.c, self.M, self.c.w, here.G, here.first, u.shape
+        q, kv = self.qkv(u).split([C, 2 * C], -1)
+        kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
+        now = dict(kv=kv)
+
+        p = torch.arange(-c.past, here.end - first, device=u.device)                     # places, from the first chunk
+        age = here.j - p[:c.past + w]
+        seen = [(kv[:, M + first:], p, w, here.see((age >= 0) & (age < w), p[:c.past + w]))]
+
+        if self.fading:
+            faded = F.linear(y, self.qkv.weight[C:])
+            faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
+            p = torch.arange(-2 * w, (G - 1) * w, device=u.device)
+            age = here.j - p[:2 * w]
+            near = (age >= w) & (age < 2 * w) if self.fading < 0 else age - here.j <= self.fading
+            seen += [(faded[:, first:first + len(p)], p, w, here.see(near, p[:2 * w]))]
+
+        if M:
+            now.update(self.surprise(y, past, here))
+            eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
+            rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
+            age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
+            far = here.j + age[:, :, None] >= w                                          # (B, G, t, M) never seen twice
+            p = (here.start - first - w).repeat_interleave(M)                            # however old, one place
+            seen += [(rows, p, M, far & (eps >= 0)[:, :, None])]
+
+        keys, values = [], []
+        for rows, p, size, _ in seen:
+            k, v = rows.chunk(2, -1)
+            keys += here.blocks(self.turn(k, p), size)
+            values += here.blocks(v.unflatten(-1, (self.heads, -1)), size)
+        q = self.turn(q, here.at - first).unflatten(1, (G, -1))                          # (B, G, t, H, D)
+        q, k, v = (x.flatten(0, 1).transpose(1, 2).type_as(kv) for x in (q, torch.cat(keys, 2), torch.cat(values, 2)))
+        mask = torch.cat([m for *_, m in seen], -1).flatten(0, 1)[:, None]               # (BG, 1, t, m)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)), now
+
     def close(self, past):
-        """The segment is over: of all rows the M eidetic and the last w remain."""
-        kv, w = past["kv"], self.c.keep
+        """The segment is over: of all rows the M eidetic and the last w stay."""
+        kv, w = past["kv"], self.c.past
         i = torch.arange(kv.size(1) - w, kv.size(1), device=kv.device).expand(len(kv), -1)
         if self.M:
-            eps, best = self.best(past["eps"], torch.tensor([kv.size(1)], device=kv.device))
+            eps, best = self.best(past["eps"], i.new_tensor([kv.size(1)]))
             i = torch.cat([best[:, 0], i], 1)
             past = dict(past, eps=F.pad(eps[:, 0], (0, w), value=-1), at=past["at"].gather(1, i))
         if self.fading:
@@ -231,7 +223,7 @@ class Attention(gpt.Attention):
 
 
 class Layer(nn.Module):
-    """A block as large as GPT's: what the state space takes, the MLP gives. A short convolution before both."""
+    """A block of the size of GPT's: what the state space takes, the MLP gives."""
 
     def __init__(self, c, kind):
         super().__init__()
@@ -241,36 +233,46 @@ class Layer(nn.Module):
         spare = 12 * c.width ** 2 - sum(p.numel() for p in self.parameters())
         self.mlp = MLP(c, max(8, spare // (16 * c.width) * 8))
         self.apply(GPT.init)
-        for part in filter(None, (self.ssm, self.attention)):
-            nn.init.normal_(part.out.weight, std=(2 * c.layers * c.width) ** -0.5)
+        nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
 
     def start(self, zeros):
-        past = dict(u=zeros(TAPS - 1, self.mlp.up.in_features)) if self.taps is not None else {}
+        past = {} if self.taps is None else dict(u=zeros(*self.taps[1:].shape))
         for part in filter(None, (self.ssm, self.attention)):
-            past.update(part.start(zeros))
+            past |= part.start(zeros)
         return past
 
     def forward(self, x, past, here):
         u, y, now = norm(x), None, {}
         if self.taps is not None:
-            T, u = u.size(1), torch.cat([past["u"].type_as(u), u], 1)
-            now.update(u=u[:, T:])
+            T, u = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                    # (B, 3+T, C)
+            now["u"] = u[:, T:]
             u = u[:, TAPS - 1:] + sum(tap * u[:, i:i + T] for i, tap in enumerate(self.taps))
         if self.ssm:
-            y, more = self.ssm(u, past)
-            now.update(more)
+            y, now["h"] = self.ssm(u, past["h"])
         if self.attention:
             y, more = self.attention(u, y, past, here)
             now.update(more)
         x = x + y
         return x + self.mlp(norm(x)), now
 
-    def close(self, past):
-        return self.attention.close(past) if self.attention else past
-
 
 class BMojo(GPT):
-    """..."""
+    """Layers in which attention sees three memories side by side: the last w tokens as they are, outputs of a state
+    space that summarise what came before them, and M tokens from anywhere that the state space did not expect. Presets
+    leave parts out: `bmojo_f` the eidetic tokens; `mamba` is state spaces only, `hybrid` has windows between them.
+
+    state    n (B,) tokens read   and of each layer l, as far as it has them:
+             l.u (B, 3, C) reach of the convolution   l.h (B, H, D, D) state space   l.y (B, 3, C) its last outputs
+             l.kv (B, M+w, 2C) keys and values, unturned: M eidetic tokens, the last w   l.faded (B, 2w, 2C) of outputs
+             l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place in the text
+    read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
+    write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
+    paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060
+    departs  the paper has a Mamba-1, and says nothing on which outputs and how many fade, how far the innovation looks
+             back and in which norm: three tokens, Euclidean. RoPE within two windows (paper: none). No token is seen
+             twice. The convolution stands before the state space and before the attention, so that a kept token knows
+             the ones before it; b and c of the state space have the norm of keys and queries, not a SiLU
+    """
     Config = Config
 
     def __init__(self, c):
@@ -279,34 +281,28 @@ class BMojo(GPT):
 
     def init_state(self, B):
         zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
-        return dict({f"{i}.{k}": v for i, block in enumerate(self.blocks) for k, v in block.start(zeros).items()},
-                    n=zeros().long())
+        layers = {f"{l}.{k}": v for l, block in enumerate(self.blocks) for k, v in block.start(zeros).items()}
+        return dict(layers, n=zeros().long())
 
     def read(self, state):
-        pasts = [{} for _ in self.blocks]
-        for k, v in state.items():
-            i, _, name = k.partition(".")
-            if name:
-                pasts[int(i)][name] = v
-        return state["n"], 0, pasts
+        layer = lambda l: {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{l}.")}
+        return state["n"], 0, [layer(l) for l in range(self.c.layers)]
 
     def extend(self, tokens, cache):
         """The rest of an open chunk, then all whole chunks at once, then the beginning of another."""
-        n, P, pasts = cache
-        T, w, out = tokens.size(1), self.c.w, []
+        (n, P, pasts), T, w, out = cache, tokens.size(1), self.c.w, []
         rest = min(T, -P % w)
-        for part in tokens.split([t for t in (rest, (T - rest) // w * w, (T - rest) % w) if t], 1):
-            x, here, longer = self.embed(part), Here(self.c, part, n, P), []
+        for part in tokens.split([size for size in (rest, (T - rest) // w * w, (T - rest) % w) if size], 1):
+            x, here, now = self.embed(part), Here(self.c, part, n, P), []
             for block, past in zip(self.blocks, pasts):
                 x, past = block(x, past, here)
-                longer.append(past)
-            P, pasts = P + part.size(1), longer
+                now.append(past)
+            P, pasts = here.end, now
             out.append(norm(x))
         return self.head(torch.cat(out, 1)), (n, P, pasts)
 
     def write(self, cache, state):
         n, P, pasts = cache
-        now = {f"{i}.{k}": v for i, (block, past) in enumerate(zip(self.blocks, pasts))
-               for k, v in block.close(past).items()}
-        now["n"] = n + P
+        pasts = [block.attention.close(past) if block.attention else past for block, past in zip(self.blocks, pasts)]
+        now = {f"{l}.{k}": v for l, past in enumerate(pasts) for k, v in past.items()} | dict(n=n + P)
         return {k: now[k].to(v.dtype, copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
