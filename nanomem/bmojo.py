@@ -94,7 +94,8 @@ class SSM(nn.Module):
         C, H, D = self.c.width, self.c.heads, self.c.head_dim
         z, x, b, c, dt = self.inp(u).split([C, C, D, D, H], -1)
         with torch.autocast(u.device.type, enabled=False):                       # decays want all their digits
-            x, b, c = F.silu(x.type_as(self.A)).unflatten(2, (H, D)), norm(b.type_as(self.A)), norm(c.type_as(self.A))
+            x, b, c, dt = (v.type_as(self.A) for v in (x, b, c, dt))
+            x, b, c = x.unflatten(2, (H, D)), norm(b), norm(c)                   # value, key and query, as it were
             dt = F.softplus(dt + self.dt)                                        # (B, T, H)
             y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
             y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
@@ -126,8 +127,8 @@ class Here:
         return near & (self.start[:, None] + p >= -self.n[:, None, None])[:, :, None]
 
     def blocks(self, x, size):
-        """x (B, ., H, D) in blocks of a size: a chunk sees its own block, the first of the chunks the first of the
-        blocks, and the next one if there are more blocks than chunks. Pieces (B, G, size, H, D)."""
+        """x (B, ., H, D) in blocks of a size, of which chunk g sees block g and, if there is one block more than there
+        are chunks, block g + 1: pieces (B, G, size, H, D)."""
         if self.G == 1:
             return [x[:, None]]
         x = x.unflatten(1, (-1, size))
@@ -157,7 +158,6 @@ class Attention(gpt.Attention):
         turn = angles(p * self.c.rope, self.c.head_dim)
         return rotate(norm(k.unflatten(-1, (self.heads, -1))), [x[:, None] for x in turn])
 
-    @torch.no_grad()
     def surprise(self, y, past, here):
         """The innovation of each token: how far y_t is from the mean of the outputs before it."""
         y = torch.cat([past["y"], y.type_as(past["y"])], 1)                              # (B, 3+T, C)
@@ -178,11 +178,12 @@ class Attention(gpt.Attention):
         kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
         now = dict(kv=kv)
 
+        # the window, of age 0 to w
         p = torch.arange(-c.past, here.end - first, device=u.device)                     # places, from the first chunk
         age = here.j - p[:c.past + w]
         seen = [(kv[:, M + first:], p, w, here.see((age >= 0) & (age < w), p[:c.past + w]))]
 
-        if self.fading:
+        if self.fading:   # of age w to 2w, or the last n before the chunk
             faded = F.linear(y, self.qkv.weight[C:])
             faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
             p = torch.arange(-2 * w, (G - 1) * w, device=u.device)
@@ -190,12 +191,12 @@ class Attention(gpt.Attention):
             near = (age >= w) & (age < 2 * w) if self.fading < 0 else age - here.j <= self.fading
             seen += [(faded[:, first:first + len(p)], p, w, here.see(near, p[:2 * w]))]
 
-        if M:
+        if M:             # of age w and more, so that none is seen twice
             now.update(self.surprise(y, past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            far = here.j + age[:, :, None] >= w                                          # (B, G, t, M) never seen twice
+            far = here.j + age[:, :, None] >= w                                          # (B, G, t, M)
             p = (here.start - first - w).repeat_interleave(M)                            # however old, one place
             seen += [(rows, p, M, far & (eps >= 0)[:, :, None])]
 
@@ -227,7 +228,7 @@ class Layer(nn.Module):
 
     def __init__(self, c, kind):
         super().__init__()
-        self.taps = nn.Parameter(torch.zeros(TAPS, c.width)) if c.conv else None
+        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c) if kind != "window" else None
         self.attention = Attention(c, kind) if kind != "ssm" else None
         spare = 12 * c.width ** 2 - sum(p.numel() for p in self.parameters())
