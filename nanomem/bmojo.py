@@ -21,6 +21,7 @@ class Config(gpt.Config):
     mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
     window: int = -1             # w, raw tokens that a token sees; -1: a quarter of a segment; 0: no past, plain GPT
     eidetic: int = -1            # M, tokens kept for good; -1: as many as the window
+    state: int = -1              # N, channels by which a head's state is read and written; -1: as wide as the head
     fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the w before the window
     conv: bool = True            # a short convolution, which ties each token to the three before it
     rope: bool = True            # positions, counted within two windows; the paper has none
@@ -30,6 +31,7 @@ class Config(gpt.Config):
     past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are carried to the next segment
                     next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
     w = property(lambda c: c.past or c.seg)
+    N = property(lambda c: c.state if c.state > 0 else c.head_dim)
     M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
 
     def __post_init__(self):
@@ -38,7 +40,7 @@ class Config(gpt.Config):
             assert kind in ("bmojo", "ssm", "window"), f"mix is made of bmojo, ssm and window, got '{kind}'"
         assert self.window >= -1 and self.seg % self.w == 0, f"window={self.window} does not cut {self.seg} tokens"
         assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
-        assert self.eidetic >= -1, f"eidetic counts tokens, got {self.eidetic}"
+        assert self.eidetic >= -1 and self.state >= -1, f"eidetic={self.eidetic} and state={self.state} count"
         assert re.fullmatch(r"innovation|random|\d+:\d+", self.select), \
             f"select is innovation, random or token ids lo:hi, got '{self.select}'"
 
@@ -80,22 +82,22 @@ class SSM(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, C, H, D = c, c.width, c.heads, c.head_dim
-        self.inp = nn.Linear(C, 2 * C + 2 * D + H, bias=False)
+        self.c, C, H = c, c.width, c.heads
+        self.inp = nn.Linear(C, 2 * C + 2 * c.N + H, bias=False)
         self.dt = nn.Parameter(torch.full((H,), math.log(math.expm1(0.1))))      # its softplus is 0.1
         self.A = nn.Parameter(torch.linspace(math.log(0.01), 0, H))              # half lives of 7 to 700 tokens
         self.skip = nn.Parameter(torch.ones(H))
         self.out = nn.Linear(C, C, bias=False)
 
     def start(self, zeros):
-        return dict(h=zeros(self.c.heads, self.c.head_dim, self.c.head_dim))
+        return dict(h=zeros(self.c.heads, self.c.head_dim, self.c.N))
 
     def forward(self, u, h):
-        C, H, D = self.c.width, self.c.heads, self.c.head_dim
-        z, x, b, c, dt = self.inp(u).split([C, C, D, D, H], -1)
+        C, H, N = self.c.width, self.c.heads, self.c.N
+        z, x, b, c, dt = self.inp(u).split([C, C, N, N, H], -1)
         with torch.autocast(u.device.type, enabled=False):                       # decays want all their digits
             x, b, c, dt = (v.type_as(self.A) for v in (x, b, c, dt))
-            x, b, c = x.unflatten(2, (H, D)), norm(b), norm(c)                   # value, key and query, as it were
+            x, b, c = x.unflatten(2, (H, -1)), norm(b), norm(c)                   # value, key and query, as it were
             dt = F.softplus(dt + self.dt)                                        # (B, T, H)
             y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
             y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
@@ -263,7 +265,7 @@ class BMojo(GPT):
     leave parts out: `bmojo_f` the eidetic tokens; `mamba` is state spaces only, `hybrid` has windows between them.
 
     state    n (B,) tokens read   and of each layer l, as far as it has them:
-             l.u (B, 3, C) reach of the convolution   l.h (B, H, D, D) state space   l.y (B, 3, C) its last outputs
+             l.u (B, 3, C) reach of the convolution   l.h (B, H, D, N) state space   l.y (B, 3, C) its last outputs
              l.kv (B, M+w, 2C) keys and values, unturned: M eidetic tokens, the last w   l.faded (B, 2w, 2C) of outputs
              l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place in the text
     read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
