@@ -27,7 +27,6 @@ class Config(gpt.Config):
     rope: bool = True            # positions, counted within two windows; the paper has none
     select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo:hi
 
-    kinds = property(lambda c: [c.mix.split(",")[i % len(c.mix.split(","))] for i in range(c.layers)])
     past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are carried to the next segment
                     next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
     w = property(lambda c: c.past or c.seg)
@@ -36,13 +35,11 @@ class Config(gpt.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for kind in self.mix.split(","):
-            assert kind in ("bmojo", "ssm", "window"), f"mix is made of bmojo, ssm and window, got '{kind}'"
+        assert {*self.mix.split(",")} <= {"bmojo", "ssm", "window"}, f"mix is of bmojo, ssm and window, got {self.mix}"
         assert self.window >= -1 and self.seg % self.w == 0, f"window={self.window} does not cut {self.seg} tokens"
         assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
         assert self.eidetic >= -1 and self.state >= -1, f"eidetic={self.eidetic} and state={self.state} count"
-        assert re.fullmatch(r"innovation|random|\d+:\d+", self.select), \
-            f"select is innovation, random or token ids lo:hi, got '{self.select}'"
+        assert re.fullmatch(r"innovation|random|\d+:\d+", self.select), f"select={self.select} is no way to choose"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,8 +61,7 @@ def decays(a):
 def scan(x, a, b, c, h, Q=64):
     """`step` for T tokens at once, in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside
     each of K chunks of Q tokens, and all their states from what each of them adds."""
-    T = x.size(1)
-    Q = min(Q, T)
+    T, Q = x.size(1), min(Q, x.size(1))
     x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)).unflatten(1, (-1, Q)) for v in (x, a, b, c))
     a = a.permute(0, 3, 1, 2)                                                   # (B, H, K, Q)
     left = decays(a)                                                            # (B, H, K, Q, Q)
@@ -89,9 +85,6 @@ class SSM(nn.Module):
         self.skip = nn.Parameter(torch.ones(H))
         self.out = nn.Linear(C, C, bias=False)
 
-    def start(self, zeros):
-        return dict(h=zeros(self.c.heads, self.c.head_dim, self.c.N))
-
     def forward(self, u, h):
         C, H, N = self.c.width, self.c.heads, self.c.N
         z, x, b, c, dt = self.inp(u).split([C, C, N, N, H], -1)
@@ -111,12 +104,11 @@ class Here:
     """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
 
     def __init__(self, c, tokens, n, P):
-        T, device = tokens.size(1), tokens.device
-        self.n, self.first, self.end = n, P - P % c.w, P + T                     # the chunks begin at first
-        self.at = torch.arange(P, P + T, device=device)                          # (T,)
-        self.start = torch.arange(self.first, P + T, c.w, device=device)         # (G,) of each chunk
+        self.n, self.first, self.end = n, P - P % c.w, P + tokens.size(1)        # the first chunk begins at first
+        self.at = torch.arange(P, self.end, device=n.device)                     # (T,)
+        self.start = torch.arange(self.first, self.end, c.w, device=n.device)    # (G,) of each chunk
         self.G = len(self.start)
-        self.j = self.at[-(T // self.G):, None] - self.start[-1]                 # (t, 1) in its chunk
+        self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
         self.bonus = 0                                                           # (B, T), only for ablations
         if c.select == "random":
             self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
@@ -124,13 +116,13 @@ class Here:
             lo, hi = map(int, c.select.split(":"))
             self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))
 
-    def see(self, near, p):
-        """Which tokens see places p (m,) of their chunk: the near ones (t, m), if the text had begun. (B, G, t, m)"""
-        return near & (self.start[:, None] + p >= -self.n[:, None, None])[:, :, None]
+    def see(self, p, lo, hi):
+        """Which tokens see places p (m,) of their chunk: at age lo to hi, if the text had begun there. (B, G, t, m)"""
+        begun = self.start[:, None] + p >= -self.n[:, None, None]                # (B, G, m)
+        return (self.j - p >= lo) & (self.j - p < hi) & begun[:, :, None]
 
     def blocks(self, x, size):
-        """x (B, ., H, D) in blocks of a size, of which chunk g sees block g and, if there is one block more than there
-        are chunks, block g + 1: pieces (B, G, size, H, D)."""
+        """x (B, ., H, D) in blocks: chunk g sees block g, and g + 1 if there is one more. Pieces (B, G, size, H, D)."""
         if self.G == 1:
             return [x[:, None]]
         x = x.unflatten(1, (-1, size))
@@ -138,8 +130,8 @@ class Here:
 
 
 class Attention(gpt.Attention):
-    """Of all that is older than its chunk a token sees what was there when the chunk began, so that no chunk of a call
-    waits for another. By their age: 0 to w raw tokens, w to 2w fading ones, and eidetic ones beyond w."""
+    """A token sees raw tokens of age 0 to w, outputs of the state space of age w to 2w (or the last n before its chunk)
+    and eidetic tokens of age w and more: the best when its chunk began, so that no chunk waits for another."""
 
     def __init__(self, c, kind):
         super().__init__(c)
@@ -180,27 +172,24 @@ class Attention(gpt.Attention):
         kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
         now = dict(kv=kv)
 
-        # the window, of age 0 to w
         p = torch.arange(-c.past, here.end - first, device=u.device)                     # places, from the first chunk
-        age = here.j - p[:c.past + w]
-        seen = [(kv[:, M + first:], p, w, here.see((age >= 0) & (age < w), p[:c.past + w]))]
+        seen = [(kv[:, M + first:], p, w, here.see(p[:c.past + w], 0, w))]
 
-        if self.fading:   # of age w to 2w, or the last n before the chunk
+        if self.fading:
             faded = F.linear(y, self.qkv.weight[C:])
             faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
             p = torch.arange(-2 * w, (G - 1) * w, device=u.device)
-            age = here.j - p[:2 * w]
-            near = (age >= w) & (age < 2 * w) if self.fading < 0 else age - here.j <= self.fading
-            seen += [(faded[:, first:first + len(p)], p, w, here.see(near, p[:2 * w]))]
+            mask = here.see(p[:2 * w], w, 2 * w) if self.fading < 0 else \
+                here.see(p[:2 * w], 0, 3 * w) & (p[:2 * w] >= -self.fading)
+            seen += [(faded[:, first:first + len(p)], p, w, mask)]
 
-        if M:             # of age w and more, so that none is seen twice
+        if M:
             now.update(self.surprise(y, past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
             far = here.j + age[:, :, None] >= w                                          # (B, G, t, M)
-            p = (here.start - first - w).repeat_interleave(M)                            # however old, one place
-            seen += [(rows, p, M, far & (eps >= 0)[:, :, None])]
+            seen += [(rows, (here.start - first - w).repeat_interleave(M), M, far & (eps >= 0)[:, :, None])]
 
         keys, values = [], []
         for rows, p, size, _ in seen:
@@ -230,7 +219,7 @@ class Layer(nn.Module):
 
     def __init__(self, c, kind):
         super().__init__()
-        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
+        self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c) if kind != "window" else None
         self.attention = Attention(c, kind) if kind != "ssm" else None
         spare = 12 * c.width ** 2 - sum(p.numel() for p in self.parameters())
@@ -239,14 +228,14 @@ class Layer(nn.Module):
         nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
 
     def start(self, zeros):
-        past = {} if self.taps is None else dict(u=zeros(*self.taps[1:].shape))
-        for part in filter(None, (self.ssm, self.attention)):
-            past |= part.start(zeros)
-        return past
+        past = dict(u=zeros(TAPS - 1, self.c.width)) if self.c.conv else {}
+        if self.ssm:
+            past.update(h=zeros(self.c.heads, self.c.head_dim, self.c.N))
+        return past | (self.attention.start(zeros) if self.attention else {})
 
     def forward(self, x, past, here):
         u, y, now = norm(x), None, {}
-        if self.taps is not None:
+        if self.c.conv:
             T, u = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                    # (B, 3+T, C)
             now["u"] = u[:, T:]
             u = u[:, TAPS - 1:] + sum(tap * u[:, i:i + T] for i, tap in enumerate(self.taps))
@@ -271,16 +260,16 @@ class BMojo(GPT):
     read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
     write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
     paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060
-    departs  the paper has a Mamba-1, and says nothing on which outputs and how many fade, how far the innovation looks
-             back and in which norm: three tokens, Euclidean. RoPE within two windows (paper: none). No token is seen
-             twice. The convolution stands before the state space and before the attention, so that a kept token knows
-             the ones before it; b and c of the state space have the norm of keys and queries, not a SiLU
+    departs  the paper takes Mamba-1 and leaves open which outputs fade, and how far back and in which norm innovation
+             looks (here three tokens, Euclidean); RoPE within two windows (paper: none); no token is seen twice; one
+             convolution before both parts, so that a kept token knows those before it; the state space has the norm of
+             keys and queries on c and b, in place of SiLUs, and starts with longer steps, for short training
     """
     Config = Config
 
     def __init__(self, c):
         super().__init__(c)
-        self.blocks = nn.ModuleList(Layer(c, kind) for kind in c.kinds)
+        self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
 
     def init_state(self, B):
         zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
