@@ -14,7 +14,7 @@ ROOMS = {
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
     "mamba": ("bmojo", dict(mix="ssm")),
-    "hybrid": ("bmojo", dict(mix="ssm,window")),
+    "hybrid": ("bmojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", dict(eidetic=0)),
     "bmojo": ("bmojo", {}),
 }

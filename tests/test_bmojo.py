@@ -105,7 +105,7 @@ def test_a_mamba_layer_adds_its_state_space_and_a_hybrid_takes_turns():
     y, _ = layer.ssm(norm(x), past["h"])
     assert torch.equal(layer(x, past, None)[0], x + y + layer.mlp(norm(x + y)))
     parts = [(b.ssm is not None, b.attention is not None) for b in tiny("hybrid", layers=4).blocks]
-    assert parts == [(True, False), (False, True)] * 2
+    assert parts == [(False, True), (True, False)] * 2
 
 
 # the attention
