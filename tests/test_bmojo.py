@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nanomem
-from nanomem import bmojo, data
+import train
+from nanomem import bmojo, data, stream
 from nanomem.bmojo import Config, Here, scan, step
 from nanomem.cli import UserError
 from nanomem.gpt import norm, rotate
@@ -354,3 +355,18 @@ def test_a_part_that_is_left_out_leaves_nothing_in_the_state():
 def test_a_setting_that_makes_no_sense_is_refused(fields, hint):
     with pytest.raises(UserError, match=hint):
         nanomem.build("bmojo", **fields)
+
+
+@pytest.mark.slow
+def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_path):
+    found = {}
+    for name, more in (("mamba", []), ("bmojo", ["--eidetic=12"])):
+        train.main([f"--room={name}", f"--out={tmp_path / name}", "--data=mqar", "--segments=1", "--seg=32", "--batch=64",
+                    "--layers=2", "--heads=2", "--width=64", "--state=4", "--lr=5e-3", "--steps=150", *more])
+        room, _ = nanomem.load(tmp_path / name)
+        right, total = 0, 0
+        for batch, _, hit in stream.evaluate(room, data.Synthetic("mqar", 64, 32, seed=7), 8):
+            scored = batch.at > room.c.w                                  # the answer has left the window
+            right, total = right + hit[scored].sum().item(), total + scored.sum().item()
+        found[name] = right / total
+    assert found["mamba"] < 0.5 and found["bmojo"] > 0.95, found
