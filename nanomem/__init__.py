@@ -16,6 +16,10 @@ ROOMS = {
     "hmt": ("hmt", {}),
     "hmt_split": ("hmt", dict(query="split")),
     "memformer": ("memformer", {}),
+    "mamba": ("bmojo", dict(mix="ssm")),
+    "hybrid": ("bmojo", dict(mix="window,ssm")),
+    "bmojo_f": ("bmojo", dict(eidetic=0)),
+    "bmojo": ("bmojo", {}),
 }
 
 

@@ -338,16 +338,21 @@ def filler(rng, B, T):
     return rng.integers(NOISE + VALUES, size=(B, T))
 
 
+def keys(rng, B, n):
+    """n different keys a row, of the first 16 if that is enough: to know more of them only takes longer to learn."""
+    return NOISE + VALUES + rng.permuted(np.tile(np.arange(max(16, n)), (B, 1)), axis=1)[:, :n]
+
+
 def recall(rng, B, T, pairs=2, asks=0):
     """Key-value pairs strewn over filler; each key comes back `asks` times and asks for its value (0: as often as makes
     the pairs half of the text). All places are drawn uniformly, so that questions near their answer teach what
     questions across segments test; the distance counts from the last time that the pair was seen."""
-    asks, keys = asks or T // (4 * pairs) - 1, max(16, pairs)   # more keys than pairs need only take longer to learn
+    asks = asks or T // (4 * pairs) - 1
     if not 0 < pairs <= KEYS or asks < 1 or pairs * (asks + 1) > T // 2:
         raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
     places = np.sort(places.reshape(B, pairs, asks + 1))
-    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(keys), (B, 1)), axis=1)[:, :pairs, None]
+    key = keys(rng, B, pairs)[..., None]
     value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
     x, rows = filler(rng, B, T), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
@@ -387,7 +392,26 @@ def planted(rng, B, T, pairs=1, plant=16, gap=64, every=4):
     return x, y, at
 
 
-STREAMS = {"recall": recall, "needle": needle, "planted": planted}
+def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
+    """Multi-query associative recall (Zoology 2312.04927). All pairs stand at the beginning (0: one for 8 tokens of the
+    text); later each key comes once more, alone, and asks for its value. The question takes the g-th free place with a
+    probability that goes like g^(power - 1), so most come soon. The rest is blank, or noise."""
+    pairs = pairs or min(16, T // 8)
+    if not 0 < pairs <= VALUES or 4 * pairs > T:
+        raise UserError(f"{pairs} pairs and their questions do not fit into {VALUES} values and {T} tokens")
+    free = np.arange(2 * pairs, T - 1, 2)
+    chance = (power - 1) * np.log(np.arange(1, len(free) + 1)) + rng.gumbel(size=(B, len(free)))
+    asks = free[np.argsort(-chance, 1)[:, :pairs]]   # the largest: drawn one after the other without replacement
+    key = keys(rng, B, pairs)
+    value = NOISE + rng.permuted(np.tile(np.arange(VALUES), (B, 1)), axis=1)[:, :pairs]
+    x, rows = filler(rng, B, T) * noise, np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :2 * pairs] = np.stack([key, value], 2).reshape(B, -1)
+    x[rows, asks], y[rows, asks], at[rows, asks] = key, value, asks - np.arange(0, 2 * pairs, 2)
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle, "planted": planted, "mqar": mqar}
 
 
 def is_stream(name):
@@ -403,11 +427,12 @@ class Synthetic:
     def __init__(self, name, rows, T, seed=0, **knobs):
         name, typed = variant(name)
         self.make, self.B, self.T, self.seed, self.i = STREAMS[name], rows, T, seed, 0
-        known = ["windows", *list(inspect.signature(self.make).parameters)[3:]]
+        known = dict(windows=1, **{k: p.default for k, p in inspect.signature(self.make).parameters.items()})
+        known = {k: default for k, default in known.items() if k not in ("rng", "B", "T")}
         for k in typed:
             if k not in known:
-                raise UserError(f"{name} has no knob {k}: {nearest(k, known)}")
-        self.knobs = {**{k: value(f"data={name}:{k}", v, int) for k, v in typed.items()}, **knobs}
+                raise UserError(f"{name} has no knob {k}: {nearest(k, list(known))}")
+        self.knobs = {**{k: value(f"data={name}:{k}", v, type(known[k])) for k, v in typed.items()}, **knobs}
         self.n = self.knobs.pop("windows", 1)
         if self.n < 1:
             raise UserError(f"a row lasts for one window at least, got windows={self.n}")

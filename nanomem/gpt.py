@@ -79,10 +79,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, wide=0):
         super().__init__()
-        self.up = nn.Linear(c.width, 4 * c.width, bias=False)
-        self.out = nn.Linear(4 * c.width, c.width, bias=False)
+        wide = wide or 4 * c.width
+        self.up = nn.Linear(c.width, wide, bias=False)
+        self.out = nn.Linear(wide, c.width, bias=False)
 
     def forward(self, x):
         return self.out(F.relu(self.up(x)).square())

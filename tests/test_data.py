@@ -245,13 +245,40 @@ def test_the_answer_stands_where_the_distance_says(name):
     assert not data.Synthetic(name, 16, 128, seed=2).next().x.equal(batch.x)
 
 
+def test_every_question_of_mqar_has_its_pair_at_the_beginning():
+    x, y, at = data.mqar(np.random.default_rng(0), 50, 65, pairs=7)
+    for x, y, at in zip(x, y, at):
+        pairs = dict(zip(x[:14:2], x[1:14:2]))
+        keys, values = set(pairs), set(pairs.values())
+        assert len(keys) == len(values) == 7, "keys, or values, that are twice there"
+        asked = np.flatnonzero(y >= 0)
+        assert asked.min() >= 14 and (asked % 2 == 0).all() and sorted(x[asked]) == sorted(keys)
+        assert all(y[t] == pairs[x[t]] and x[t - at[t]] == x[t] and t - at[t] < 14 for t in asked)
+        rest = np.delete(x, [*range(14), *asked])
+        assert (rest == 0).all() and (np.delete(at, asked) == 0).all()
+    noisy = data.mqar(np.random.default_rng(0), 50, 65, pairs=7, noise=True)[0]
+    assert not set(noisy[:, 14:].ravel()) <= set(x) and noisy.max() < data.SYMBOLS
+
+
+def test_questions_of_mqar_come_soon_as_if_drawn_one_by_one():
+    """The places against numpy's own draws without replacement."""
+    rng = np.random.default_rng(0)
+    _, y, _ = data.mqar(rng, 4000, 40, pairs=5, power=0.3)
+    p = np.arange(1, 16) ** (0.3 - 1)
+    slow = np.stack([np.bincount(rng.choice(15, 5, replace=False, p=p / p.sum()), minlength=15) for _ in range(4000)])
+    assert np.abs((y[:, 10:40:2] >= 0).mean(0) - slow.mean(0)).max() < 0.03
+    even = (data.mqar(rng, 4000, 40, pairs=5, power=1)[1][:, 10:40:2] >= 0).mean(0)
+    assert np.abs(even - 1 / 3).max() < 0.03
+
+
 def test_a_needle_lies_at_the_distance_asked_for():
     assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
     for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
                       (lambda: data.Synthetic("recall", 4, 64, pairs=65), "65 pairs that are asked for"),
                       (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times"),
                       (lambda: data.Synthetic("recall:pair=3", 4, 64), "recall has no knob pair: did you mean pairs"),
-                      (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number")]:
+                      (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number"),
+                      (lambda: data.Synthetic("mqar", 4, 64, pairs=17), "17 pairs and their questions do not fit")]:
         with pytest.raises(UserError, match=why):
             make().next()
 
