@@ -278,7 +278,7 @@ def test_the_innovation_is_the_distance_from_the_mean_of_the_three_outputs_befor
 @torch.no_grad()
 def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
     x, _, _ = data.mqar(np.random.default_rng(0), 3, 64)
-    room = tiny("bmojo", seg=64, eidetic=8, select=f"{data.NOISE}:{data.NOISE + data.VALUES}")
+    room = tiny("bmojo", seg=64, eidetic=8, select=f"{data.NOISE}-{data.NOISE + data.VALUES}")
     state = room(torch.from_numpy(x), room.init_state(3))[1]
     for l in (0, 1):
         assert state[f"{l}.at"][:, :8].sort(1).values.tolist() == [list(range(1, 17, 2))] * 3
@@ -351,7 +351,7 @@ def test_a_part_that_is_left_out_leaves_nothing_in_the_state():
 @pytest.mark.parametrize("fields, hint", [
     (dict(mix="ssm,attn"), "got ssm,attn"), (dict(seg=30, window=8), "window=8 does not cut 30 tokens"),
     (dict(seg=32, window=8, fading=17), "two windows, 16, got 17"), (dict(eidetic=-2), "eidetic=-2"),
-    (dict(select="best"), "select=best is"), (dict(select="3:"), "select=3: is")])
+    (dict(select="best"), "select=best is"), (dict(select="3-"), "select=3- is")])
 def test_a_setting_that_makes_no_sense_is_refused(fields, hint):
     with pytest.raises(UserError, match=hint):
         nanomem.build("bmojo", **fields)
