@@ -13,6 +13,8 @@ ROOMS = {
     "xl": ("xl", {}),
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
+    "memoryllm": ("mplus", dict(store=0)),
+    "mplus": ("mplus", {}),
 }
 
 

@@ -1,0 +1,218 @@
+"""MemoryLLM and M+: every layer keeps a pool of its own outputs that forgets at random; M+ catches what falls out."""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import gpt
+from .gpt import GPT, angles, norm, rotate
+
+DRAWS = 256   # different drops that the table holds
+
+
+@dataclass
+class Config(gpt.Config):
+    rows: int = -1     # K, rows of a segment that go into memory, in every layer; -1 takes half of the segment
+    slots: int = -1    # N, vectors in the pool of a layer; -1 takes 8 K
+    store: int = -1    # M, vectors in the long-term store of a layer; -1 takes 16 N, 0 is MemoryLLM
+    found: int = -1    # K0, vectors of the store that a segment gets to see; -1 takes N/4
+    query: int = -1    # m, rows of text that search the store; -1 takes K
+    ask: str = "lag"   # which rows search: the last ones of the segment before (lag), or this one's first (self)
+
+    N = property(lambda c: c.slots if c.slots >= 0 else 8 * c.K)
+    K = property(lambda c: c.rows if c.rows >= 0 else 0 if c.slots == 0 else -(-c.seg // 2))
+    M = property(lambda c: 0 if c.found == 0 else c.store if c.store >= 0 else 16 * c.N)
+    K0 = property(lambda c: min(c.M, c.found if c.found >= 0 else -(-c.N // 4)))
+    m = property(lambda c: c.query if c.query >= 0 else c.K)
+    r = property(lambda c: max(16, c.width // 16))    # width of a key of the store
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("rows", "slots", "store", "found", "query"):
+            assert getattr(self, name) >= -1, f"{name} counts vectors, got {getattr(self, name)}"
+        assert self.K <= min(self.seg, self.N), \
+            f"rows must fit into a segment of {self.seg} and a pool of {self.N}, got {self.K}"
+        assert self.K > 0 or self.N == 0, f"a pool of {self.N} slots needs rows > 0, got 0"
+        assert self.K <= self.M or self.M == 0, f"a store must hold the {self.K} rows of a write, got store {self.M}"
+        assert 0 < self.m <= self.seg or self.M == 0, f"query must lie between 1 and {self.seg} rows, got {self.m}"
+        assert self.ask in ("lag", "self"), f"ask is lag or self, got {self.ask}"
+
+
+class Projector(nn.Module):
+    """Rows x (B, L, n, C) -> (B, L, n, r), an MLP of its own for every layer."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(c.layers, c.width, 2 * c.r) * c.width ** -0.5)
+        self.out = nn.Parameter(torch.randn(c.layers, 2 * c.r, c.r) * (2 * c.r) ** -0.5)
+
+    def forward(self, x):
+        return F.silu(norm(x) @ self.up) @ self.out
+
+
+def wide(index, x):
+    """index (B, L, n) in the form in which gather and scatter take it for x (B, L, N) or (B, L, N, C)."""
+    return index.view(*index.shape, *[1] * (x.ndim - 3)).expand(*index.shape, *x.shape[3:]).to(x.device)
+
+
+def pick(x, index):
+    return x.gather(2, wide(index, x))
+
+
+class MPlus(GPT):
+    """A pool of N vectors in every layer, which its tokens read as more keys and values. A segment's last K rows, as the
+    layer put them out, are added to it, and K others, drawn at random, drop out: a vector is still there after t writes
+    with probability (1 - K/N)^t. M+ moves what drops out to a store and searches that. `memoryllm` has no store.
+
+    state    pool (B, L, N, C), oldest first   birth (B, L, N) running number of a vector, -1 where there is none yet
+             step (B,) writes so far, from a start of its own in each row
+             old (B, L, M, C), key (B, L, M, r), old_birth (B, L, M) the store   probe (B, L, m, r) what searches it next
+             aux (B,) the loss of the searcher. `old` may be moved to the host: what is read and written then travels
+    read     layer l attends to [found ; start ; pool ; segment]: K0 vectors of the store, a learned row, N vectors; they
+             are keys and values only. Gradient goes through the pool into the segments that wrote it, not into the store
+    write    a second pass, with the K newest vectors of the pool (detached) in front and the marker p on the last K
+             rows; K of the pool drop out, those K rows' outputs come in; the store keeps the M youngest of all dropped
+    paper    MemoryLLM 2402.04624, section 3.1, eq. 1-5; M+ 2502.00592, section 3.2 and eq. 1-2
+    departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes.
+             `lag` searches with the last rows of the segment before (paper: `self`, the prompt searches for itself, which
+             shows its first rows its last ones: see `clean`). The row of a batch reads one book, so that no other
+             document can be the wrong answer of the searcher's loss: here the document is the segment, what it has just
+             written is right and the older pool is wrong, and all of its rows ask. Retrieved rows stand before the start
+             row, where they shift nothing, and the empty places of a young memory are masked, not noise
+    """
+    Config = Config
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.start = nn.Parameter(torch.randn(c.layers, min(1, c.N), c.width))
+        self.marker = nn.Parameter(torch.zeros(c.width))                      # p
+        if c.M:
+            self.ask, self.answer = Projector(c), Projector(c)                # f_q, f_k
+        dice = torch.rand(DRAWS, c.layers, c.N, generator=torch.Generator().manual_seed(0)).argsort(-1)
+        kept, gone = dice.split([c.N - c.K, c.K], 2)
+        self.register_buffer("dice", torch.cat([kept.sort()[0], gone], 2), persistent=False)   # (DRAWS, L, N)
+
+    @property
+    def clean(self):
+        """(S,) bool: positions whose logits no later token of the segment can have touched."""
+        published = self.c.M and self.c.ask == "self"
+        return torch.arange(self.c.seg, device=self.head.weight.device) >= (self.c.m - 1 if published else 0)
+
+    def init_state(self, B):
+        c, new = self.c, self.head.weight.new_zeros
+        none = lambda n: new(B, c.layers, n, dtype=torch.long) - 1
+        state = dict(pool=new(B, c.layers, c.N, c.width), birth=none(c.N),
+                     step=torch.arange(B, device=self.head.weight.device) * 101 % DRAWS)   # rows draw differently
+        if c.M:
+            state |= dict(old=new(B, c.layers, c.M, c.width), key=new(B, c.layers, c.M, c.r), old_birth=none(c.M),
+                          probe=new(B, c.layers, c.m, c.r), aux=new(B))
+        return state
+
+    # ---- read
+
+    def read(self, state):
+        return state, state["step"].new_zeros(len(state["step"]), 0), []
+
+    def extend(self, tokens, cache):
+        state, page, layers = cache          # page (B, t): the segment so far; layers: what each has seen of it
+        t, T, c = page.size(1), tokens.size(1), self.c
+        x, longer = self.embed(tokens), []
+        turn = angles(torch.arange(t, t + T, device=x.device) + min(1, c.N) + c.N, c.head_dim)
+        for l, block in enumerate(self.blocks):
+            rows, past, real = layers[l] if layers else (x[:, :0], *self.past(l, x, state))
+            rows = torch.cat([rows, x.detach()], 1)
+            x, past = block(x, turn, past, self.mask(real, t, T))
+            longer.append((rows, past, real))
+        return self.head(norm(x)), (state, torch.cat([page, tokens], 1), longer)
+
+    def past(self, l, x, state):
+        """Layer l's keys and values of [found ; start ; pool], (B, H, K0+1+N, D) both, and which are real (B, K0+1+N)."""
+        c = self.c
+        if not c.N:
+            return None, None
+        rows, real = state["pool"][:, l], state["birth"][:, l] >= 0
+        start = self.start[l].expand(len(x), 1, -1)
+        rows, real = torch.cat([start, rows], 1), F.pad(real, (1, 0), value=True)
+        if c.M:
+            probe = state["probe"][:, l] if c.ask == "lag" else self.ask(x[:, :c.m].detach(), l)
+            found, good = self.search(l, probe, state)
+            rows, real = torch.cat([found, rows], 1), torch.cat([good, real], 1)
+        return self.memory(l, rows, -c.K0), real
+
+    def memory(self, l, rows, first):
+        """Keys and values that layer l makes of memory rows (B, P, C), which stand at positions first, first + 1, ..."""
+        qkv, H = self.blocks[l].attention.qkv, self.c.heads
+        kv = F.linear(norm(rows), qkv.weight[self.c.width:])                  # a memory has no query
+        k, v = kv.view(*rows.shape[:2], 2 * H, -1).transpose(1, 2).chunk(2, 1)                   # (B, H, P, D)
+        turn = angles(torch.arange(first, first + rows.size(1), device=rows.device), self.c.head_dim)
+        return rotate(norm(k), turn).type_as(v), v
+
+    def mask(self, real, t, T):
+        """What T rows may look at behind t others of their segment: memory rows that are real, and what came before."""
+        if real is None:
+            return None
+        causal = torch.ones(T, t + T, dtype=torch.bool, device=real.device).tril(t)
+        return torch.cat([real[:, None].expand(-1, T, -1), causal.expand(len(real), -1, -1)], 2)[:, None]
+
+    def search(self, l, probe, state):
+        """The K0 vectors of layer l's store that score best, oldest first (B, K0, C), and which are real (B, K0)."""
+        birth = state["old_birth"][:, l]
+        best = self.score(l, probe, state).masked_fill(birth < 0, -1).topk(self.c.K0)[1]
+        birth, order = birth.gather(1, best).sort()
+        best, old = best.gather(1, order), state["old"][:, l]
+        return torch.take_along_dim(old, best[..., None].to(old.device), 1).to(birth.device), birth >= 0
+
+    def score(self, l, probe, state):
+        """s_j = mean over queries of sigmoid(<q_i, k_j>), for every vector j of layer l's store: (B, M)."""
+        return (probe @ state["key"][:, l].mT).float().sigmoid().mean(1)
+
+    # ---- write
+
+    def write(self, cache, state):
+        _, page, layers = cache
+        c, step, new = self.c, state["step"], []
+        if not c.N:
+            return dict(state)
+        x, P, S = self.embed(page), c.K + 1, page.size(1)
+        near, real = state["pool"][:, :, c.N - c.K:].detach(), state["birth"][:, :, c.N - c.K:] >= 0
+        mark = F.pad(self.marker.expand(c.K, -1), (0, 0, S - c.K, 0))
+        turn = angles(torch.arange(P, P + S, device=x.device), c.head_dim)
+        for l, block in enumerate(self.blocks):
+            rows = torch.cat([self.start[l].expand(len(x), 1, -1), near[:, l]], 1)
+            mask = self.mask(F.pad(real[:, l], (1, 0), value=True), 0, S)
+            x, _ = block(x + mark, turn, self.memory(l, rows, 0), mask)
+            new.append(x[:, S - c.K:])                                        # E_l
+        dice, new = self.dice[step % DRAWS], torch.stack(new, 1).to(state["pool"].dtype)          # (B, L, K, C)
+        kept, gone = pick(state["pool"], dice).split([c.N - c.K, c.K], 2)
+        birth, death = pick(state["birth"], dice).split([c.N - c.K, c.K], 2)
+        now = step[:, None, None] * c.K + torch.arange(c.K, device=x.device)
+        out = dict(pool=torch.cat([kept, new], 2), birth=torch.cat([birth, now.expand(-1, c.layers, -1)], 2),
+                   step=step + 1)
+        if c.M:
+            query = self.ask(torch.stack([rows for rows, *_ in layers], 1))                       # (B, L, S, r)
+            out |= self.shelve(gone.detach(), death, state)
+            out |= dict(probe=query[:, :, S - c.m:].detach().to(state["probe"].dtype, copy=True),
+                        aux=self.loss(query, out).to(state["aux"].dtype))
+        return out
+
+    def shelve(self, gone, death, state):
+        """Put K dropped vectors into the store, in place of its oldest K where those are older than they."""
+        death, order = death.sort(descending=True)                            # the youngest against the oldest
+        birth, place = state["old_birth"].topk(self.c.K, largest=False)
+        gone, younger, out = pick(gone, order), birth < death, {}
+        for name, new in dict(old=gone, key=self.answer(gone).detach(), old_birth=death).items():
+            was = state[name]
+            new = torch.where(wide(younger, was), new.to(was), pick(was, place))
+            out[name] = was.scatter(2, wide(place, was), new)
+        return out
+
+    def loss(self, query, state):
+        """(B,) how badly the segment's rows tell what it has just written from the rest of the pool (M+, eq. 2)."""
+        c = self.c
+        key = self.answer(state["pool"].detach())
+        s = (query @ key.mT).float().sigmoid().mean(2)                        # (B, L, N)
+        old, own = s.split([c.N - c.K, c.K], 2)
+        real = state["birth"][:, :, :c.N - c.K] >= 0
+        wrong = -(1 - old + 1e-5).log() * real
+        return (-(own + 1e-5).log().mean((1, 2)) + wrong.sum((1, 2)) / real.sum((1, 2)).clamp(min=1)) / 2
