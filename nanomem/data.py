@@ -354,20 +354,21 @@ def needle(rng, B, T, distance=0):
     return x, y, at
 
 
-def retain(rng, B, T, facts=4, chunk=4):
-    """A text in chunks, to be read with segments of that length: some tell a fact, a key and its value, some ask for
-    one, each is asked for once, and the rest is filler. The chunk before ends with the same question, so that a memory
-    that is searched with what was just read can have found the answer. at // chunk: chunks between fact and question."""
+def retain(rng, B, T, facts=0, chunk=4):
+    """A text in chunks, to be read with segments of that length. Some tell a fact, a key and its value; some begin with
+    the key of one told before and ask for the value, each once; the rest is filler. With facts=0 as many as there are
+    keys, or as fit. at // chunk is the number of chunks between fact and question."""
     n = T // chunk
+    facts = facts or min(KEYS, n // 2)
     if not 0 < facts <= min(KEYS, n // 2) or chunk < 4:
         raise UserError(f"{facts} facts and their questions do not fit into {KEYS} keys and {n} chunks of {chunk}")
     told, asked = np.sort(rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :2 * facts].reshape(B, facts, 2)).T
-    places, asked = (told.T * chunk + rng.integers(1, chunk - 2, size=(B, facts))), asked.T * chunk
+    places, asked = told.T * chunk + rng.integers(1, chunk - 1, size=(B, facts)), asked.T * chunk
     key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :facts]
     value = NOISE + rng.integers(VALUES, size=(B, facts))
     x, rows = filler(rng, B, T), np.arange(B)[:, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    x[rows, places], x[rows, places + 1], x[rows, asked - 1], x[rows, asked] = key, value, key, key
+    x[rows, places], x[rows, places + 1], x[rows, asked] = key, value, key
     y[rows, asked], at[rows, asked] = value, asked - places
     return x, y, at
 

@@ -40,15 +40,15 @@ class Config(gpt.Config):
 
 
 class Projector(nn.Module):
-    """Rows x (B, L, n, C) -> (B, L, n, r), an MLP of its own for every layer."""
+    """Rows of all layers, x (B, L, n, C) -> (B, L, n, r), or of layer l, (B, n, C) -> (B, n, r): each has its own MLP."""
 
     def __init__(self, c):
         super().__init__()
         self.up = nn.Parameter(torch.randn(c.layers, c.width, 2 * c.r) * c.width ** -0.5)
         self.out = nn.Parameter(torch.randn(c.layers, 2 * c.r, c.r) * (2 * c.r) ** -0.5)
 
-    def forward(self, x):
-        return F.silu(norm(x) @ self.up) @ self.out
+    def forward(self, x, l=slice(None)):
+        return F.silu(norm(x) @ self.up[l]) @ self.out[l]
 
 
 def wide(index, x):
@@ -121,7 +121,7 @@ class MPlus(GPT):
         turn = angles(torch.arange(t, t + T, device=x.device) + min(1, c.N) + c.N, c.head_dim)
         for l, block in enumerate(self.blocks):
             rows, past, real = layers[l] if layers else (x[:, :0], *self.past(l, x, state))
-            rows = torch.cat([rows, x.detach()], 1)
+            rows = torch.cat([rows, x], 1).detach()
             x, past = block(x, turn, past, self.mask(real, t, T))
             longer.append((rows, past, real))
         return self.head(norm(x)), (state, torch.cat([page, tokens], 1), longer)
