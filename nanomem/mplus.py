@@ -25,7 +25,7 @@ class Config(gpt.Config):
     M = property(lambda c: 0 if c.found == 0 else c.store if c.store >= 0 else 16 * c.N)
     K0 = property(lambda c: min(c.M, c.found if c.found >= 0 else -(-c.N // 4)))
     m = property(lambda c: c.query if c.query >= 0 else c.K)
-    r = property(lambda c: max(16, c.width // 16))    # width of a key of the store
+    r = property(lambda c: max(32, c.width // 16))    # width of a key of the store
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,7 +73,7 @@ class MPlus(GPT):
              are keys and values only. Gradient goes through the pool into the segments that wrote it, not into the store
     write    a second pass, with the K newest vectors of the pool (detached) in front and the marker p on the last K
              rows; K of the pool drop out, those K rows' outputs come in; the store keeps the M youngest of all dropped
-    paper    MemoryLLM 2402.04624, section 3.1, eq. 1-5; M+ 2502.00592, section 3.2 and eq. 1-2
+    paper    MemoryLLM 2402.04624, section 3.1 (forgetting: eq. 3-5); M+ 2502.00592, section 3.2
     departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes.
              `lag` searches with the last rows of the segment before (paper: `self`, the prompt searches for itself, which
              shows its first rows its last ones: see `clean`). The row of a batch reads one book, so that no other
@@ -88,7 +88,7 @@ class MPlus(GPT):
         self.start = nn.Parameter(torch.randn(c.layers, min(1, c.N), c.width))
         self.marker = nn.Parameter(torch.zeros(c.width))                      # p
         if c.M:
-            self.ask, self.answer = Projector(c), Projector(c)                # f_q, f_k
+            self.f_q, self.f_k = Projector(c), Projector(c)
         dice = torch.rand(DRAWS, c.layers, c.N, generator=torch.Generator().manual_seed(0)).argsort(-1)
         kept, gone = dice.split([c.N - c.K, c.K], 2)
         self.register_buffer("dice", torch.cat([kept.sort()[0], gone], 2), persistent=False)   # (DRAWS, L, N)
@@ -135,7 +135,7 @@ class MPlus(GPT):
         start = self.start[l].expand(len(x), 1, -1)
         rows, real = torch.cat([start, rows], 1), F.pad(real, (1, 0), value=True)
         if c.M:
-            probe = state["probe"][:, l] if c.ask == "lag" else self.ask(x[:, :c.m].detach(), l)
+            probe = state["probe"][:, l] if c.ask == "lag" else self.f_q(x[:, :c.m].detach(), l)
             found, good = self.search(l, probe, state)
             rows, real = torch.cat([found, rows], 1), torch.cat([good, real], 1)
         return self.memory(l, rows, -c.K0), real
@@ -165,7 +165,8 @@ class MPlus(GPT):
 
     def score(self, l, probe, state):
         """s_j = mean over queries of sigmoid(<q_i, k_j>), for every vector j of layer l's store: (B, M)."""
-        return (probe @ state["key"][:, l].mT).float().sigmoid().mean(1)
+        key = state["key"][:, l]
+        return (probe @ key.mT).to(key.dtype).sigmoid().mean(1)
 
     # ---- write
 
@@ -183,14 +184,14 @@ class MPlus(GPT):
             mask = self.mask(F.pad(real[:, l], (1, 0), value=True), 0, S)
             x, _ = block(x + mark, turn, self.memory(l, rows, 0), mask)
             new.append(x[:, S - c.K:])                                        # E_l
-        dice, new = self.dice[step % DRAWS], torch.stack(new, 1).to(state["pool"].dtype)          # (B, L, K, C)
-        kept, gone = pick(state["pool"], dice).split([c.N - c.K, c.K], 2)
-        birth, death = pick(state["birth"], dice).split([c.N - c.K, c.K], 2)
+        draw, new = self.dice[step % DRAWS], torch.stack(new, 1).to(state["pool"].dtype)   # (B, L, N), (B, L, K, C)
+        kept, gone = pick(state["pool"], draw).split([c.N - c.K, c.K], 2)
+        birth, death = pick(state["birth"], draw).split([c.N - c.K, c.K], 2)
         now = step[:, None, None] * c.K + torch.arange(c.K, device=x.device)
         out = dict(pool=torch.cat([kept, new], 2), birth=torch.cat([birth, now.expand(-1, c.layers, -1)], 2),
                    step=step + 1)
         if c.M:
-            query = self.ask(torch.stack([rows for rows, *_ in layers], 1))                       # (B, L, S, r)
+            query = self.f_q(torch.stack([rows for rows, *_ in layers], 1))                       # (B, L, S, r)
             out |= self.shelve(gone.detach(), death, state)
             out |= dict(probe=query[:, :, S - c.m:].detach().to(state["probe"].dtype, copy=True),
                         aux=self.loss(query, out).to(state["aux"].dtype))
@@ -201,17 +202,17 @@ class MPlus(GPT):
         death, order = death.sort(descending=True)                            # the youngest against the oldest
         birth, place = state["old_birth"].topk(self.c.K, largest=False)
         gone, younger, out = pick(gone, order), birth < death, {}
-        for name, new in dict(old=gone, key=self.answer(gone).detach(), old_birth=death).items():
+        for name, new in dict(old=gone, key=self.f_k(gone).detach(), old_birth=death).items():
             was = state[name]
             new = torch.where(wide(younger, was), new.to(was), pick(was, place))
             out[name] = was.scatter(2, wide(place, was), new)
         return out
 
     def loss(self, query, state):
-        """(B,) how badly the segment's rows tell what it has just written from the rest of the pool (M+, eq. 2)."""
+        """(B,) how badly the segment's rows tell what it has just written from the rest of the pool (M+, section 3.2)."""
         c = self.c
-        key = self.answer(state["pool"].detach())
-        s = (query @ key.mT).float().sigmoid().mean(2)                        # (B, L, N)
+        pool = state["pool"].detach()
+        s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().mean(2)      # (B, L, N)
         old, own = s.split([c.N - c.K, c.K], 2)
         real = state["birth"][:, :, :c.N - c.K] >= 0
         wrong = -(1 - old + 1e-5).log() * real
