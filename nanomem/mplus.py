@@ -76,7 +76,7 @@ class MPlus(GPT):
     paper    MemoryLLM 2402.04624, section 3.1 (forgetting: eq. 3-5); M+ 2502.00592, section 3.2
     departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes.
              `lag` searches with the last rows of the segment before (paper: `self`, the prompt searches for itself, which
-             shows its first rows its last ones: see `clean`). The row of a batch reads one book, so that no other
+             shows its first rows its last ones: see `scored`). The row of a batch reads one book, so that no other
              document can be the wrong answer of the searcher's loss: here the document is the segment, what it has just
              written is right and the older pool is wrong, and all of its rows ask. Retrieved rows stand before the start
              row, where they shift nothing, and the empty places of a young memory are masked, not noise
@@ -93,11 +93,10 @@ class MPlus(GPT):
         kept, gone = dice.split([c.N - c.K, c.K], 2)
         self.register_buffer("dice", torch.cat([kept.sort()[0], gone], 2), persistent=False)   # (DRAWS, L, N)
 
-    @property
-    def clean(self):
-        """(S,) bool: positions whose logits no later token of the segment can have touched."""
-        published = self.c.M and self.c.ask == "self"
-        return torch.arange(self.c.seg, device=self.head.weight.device) >= (self.c.m - 1 if published else 0)
+    def scored(self):
+        """Which of a segment's S predictions count: not the first m-1 of a search that shows them what comes next."""
+        leak = self.c.m - 1 if self.c.M and self.c.ask == "self" else 0
+        return torch.arange(self.c.seg, device=self.head.weight.device) >= leak
 
     def init_state(self, B):
         c, new = self.c, self.head.weight.new_zeros
@@ -209,11 +208,11 @@ class MPlus(GPT):
         return out
 
     def loss(self, query, state):
-        """(B,) how badly the segment's rows tell what it has just written from the rest of the pool (M+, section 3.2)."""
-        c = self.c
-        pool = state["pool"].detach()
-        s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().mean(2)      # (B, L, N)
-        old, own = s.split([c.N - c.K, c.K], 2)
-        real = state["birth"][:, :, :c.N - c.K] >= 0
+        """(B,) how badly every m rows of the segment tell what it has just written from the rest of the pool: half of
+        mean -log s over the former, half of mean -log(1 - s) over the latter (M+, section 3.2)."""
+        c, pool = self.c, state["pool"].detach()
+        s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().unfold(2, c.m, c.m).mean(-1)     # (B, L, S/m, N)
+        old, own = s.split([c.N - c.K, c.K], 3)
+        real = (state["birth"][:, :, None, :c.N - c.K] >= 0).expand_as(old)
         wrong = -(1 - old + 1e-5).log() * real
-        return (-(own + 1e-5).log().mean((1, 2)) + wrong.sum((1, 2)) / real.sum((1, 2)).clamp(min=1)) / 2
+        return (-(own + 1e-5).log().mean((1, 2, 3)) + wrong.sum((1, 2, 3)) / real.sum((1, 2, 3)).clamp(min=1)) / 2

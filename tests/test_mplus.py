@@ -279,7 +279,7 @@ def test_the_searcher_learns_from_its_own_loss_and_nothing_else_does():
 @torch.no_grad()
 @pytest.mark.parametrize("n", [0, 1, 12])
 def test_the_loss_wants_what_was_just_written_and_nothing_older(n):
-    """One vector at a time: the likelihood of its label, each of the two labels half of the loss."""
+    """One vector and one query at a time: the likelihood of its label, each of the two labels half of the loss."""
     room, x = small(), text(B=1, K=1)
     before, c = after(room, n, B=1), room.c
     _, _, layers = room.extend(x, room.read(before))[1]
@@ -287,18 +287,19 @@ def test_the_loss_wants_what_was_just_written_and_nothing_older(n):
     for l in range(c.layers):
         for vector, birth in zip(state["pool"][0, l], state["birth"][0, l]):
             q, k = room.f_q(layers[l][0], l)[0], room.f_k(vector[None, None], l)[0, 0]
-            s = sum(torch.sigmoid(qi @ k) for qi in q) / len(q)
-            if birth >= before["step"] * c.K:
-                right.append(-(s + 1e-5).log())
-            elif birth >= 0:
-                wrong.append(-(1 - s + 1e-5).log())
+            for i in range(0, S - c.m + 1, c.m):
+                s = sum(torch.sigmoid(qi @ k) for qi in q[i:i + c.m]) / c.m
+                if birth >= before["step"] * c.K:
+                    right.append(-(s + 1e-5).log())
+                elif birth >= 0:
+                    wrong.append(-(1 - s + 1e-5).log())
     mean = lambda x: sum(x) / max(1, len(x))
-    assert len(right) == c.layers * c.K and close(state["aux"], (mean(right) + mean(wrong)).view(1) / 2)
+    assert len(right) == c.layers * c.K * (S // c.m) and close(state["aux"], (mean(right) + mean(wrong)).view(1) / 2)
 
 
 @torch.no_grad()
 def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
-    """As published: the query shows all of its rows to each of them, and `clean` says which logits are honest."""
+    """As published: the query shows all of its rows to each of them, and `scored` says which logits are honest."""
     tokens = text(B=1, K=1)[0]
     changed = tokens.repeat(S, 1)
     changed[torch.arange(S), torch.arange(S)] = (tokens + 1) % V
@@ -306,10 +307,10 @@ def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
         room = small(ask="self", query=query)
         state = {k: v.expand(S, *v.shape[1:]) for k, v in after(room, 30, B=1).items()}
         moved = (room(changed, state)[0] - room(tokens.repeat(S, 1), state)[0]).abs().amax(-1) > 1e-6
-        assert room.clean.tolist() == [i >= query - 1 for i in range(S)]
-        assert not moved.tril(-1)[:, room.clean].any()
+        assert room.scored().tolist() == [i >= query - 1 for i in range(S)]
+        assert not moved.tril(-1)[:, room.scored()].any()
         assert moved.tril(-1).any() == (query > 1)
-        assert small(query=query).clean.all()
+        assert small(query=query).scored().all()
 
 
 @torch.no_grad()
