@@ -40,7 +40,7 @@ class Config(gpt.Config):
 
 
 class Projector(nn.Module):
-    """Rows of all layers, x (B, L, n, C) -> (B, L, n, r), or of layer l, (B, n, C) -> (B, n, r): each has its own MLP."""
+    """An MLP for each layer. Rows of all, (B, L, n, C) -> (B, L, n, r), or of layer l alone, (B, n, C) -> (B, n, r)."""
 
     def __init__(self, c):
         super().__init__()
@@ -61,25 +61,25 @@ def pick(x, index):
 
 
 class MPlus(GPT):
-    """A pool of N vectors in every layer, which its tokens read as more keys and values. A segment's last K rows, as the
-    layer put them out, are added to it, and K others, drawn at random, drop out: a vector is still there after t writes
-    with probability (1 - K/N)^t. M+ moves what drops out to a store and searches that. `memoryllm` has no store.
+    """A pool of N vectors in every layer, which its tokens read as more keys and values. The last K rows of a segment,
+    as the layer put them out, come in, and K others, drawn at random, drop out: a vector is still there after t writes
+    with probability (1 - K/N)^t. M+ moves what drops out to a store and searches it; `memoryllm` has no store.
 
-    state    pool (B, L, N, C), oldest first   birth (B, L, N) running number of a vector, -1 where there is none yet
-             step (B,) writes so far, from a start of its own in each row
-             old (B, L, M, C), key (B, L, M, r), old_birth (B, L, M) the store   probe (B, L, m, r) what searches it next
-             aux (B,) the loss of the searcher. `old` may be moved to the host: what is read and written then travels
-    read     layer l attends to [found ; start ; pool ; segment]: K0 vectors of the store, a learned row, N vectors; they
-             are keys and values only. Gradient goes through the pool into the segments that wrote it, not into the store
-    write    a second pass, with the K newest vectors of the pool (detached) in front and the marker p on the last K
-             rows; K of the pool drop out, those K rows' outputs come in; the store keeps the M youngest of all dropped
+    state    pool (B, L, N, C) oldest first   birth (B, L, N) running number of a vector, -1 where there is none yet
+             step (B,) writes so far, counted from another number in each row, so that rows draw differently
+             old (B, L, M, C), key (B, L, M, r), old_birth (B, L, M) the store   probe (B, L, m, r) its next query
+             aux (B,) the searcher's loss. `old` may be moved to the host: what is found and what drops out then travels
+    read     layer l attends to [found ; start ; pool ; segment]: K0 vectors of the store, a learned row, N vectors, all
+             of them keys and values only. Gradient goes through the pool into its writes, and never through the store
+    write    a second pass, with the K newest of the pool (detached) in front and the marker p on the last K rows: what
+             these become in a layer goes into its pool, K drop out, and the store keeps the M youngest of all dropped
     paper    MemoryLLM 2402.04624, section 3.1 (forgetting: eq. 3-5); M+ 2502.00592, section 3.2
-    departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes.
-             `lag` searches with the last rows of the segment before (paper: `self`, the prompt searches for itself, which
-             shows its first rows its last ones: see `scored`). The row of a batch reads one book, so that no other
-             document can be the wrong answer of the searcher's loss: here the document is the segment, what it has just
-             written is right and the older pool is wrong, and all of its rows ask. Retrieved rows stand before the start
-             row, where they shift nothing, and the empty places of a young memory are masked, not noise
+    departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes; drops
+             come from a table. `lag` searches with the last rows of the segment before, which is causal; the paper's
+             search is `self`: the prompt searches for itself, which shows its first rows what follows (`scored`). A row
+             of the batch reads one book, so that no other document can be the wrong answer in the searcher's loss:
+             here the document is the segment, what it has just written is right and the older pool is wrong. Found
+             rows stand before the start row, where they shift nothing; places still empty are masked, not noise
     """
     Config = Config
 
@@ -102,7 +102,7 @@ class MPlus(GPT):
         c, new = self.c, self.head.weight.new_zeros
         none = lambda n: new(B, c.layers, n, dtype=torch.long) - 1
         state = dict(pool=new(B, c.layers, c.N, c.width), birth=none(c.N),
-                     step=torch.arange(B, device=self.head.weight.device) * 101 % DRAWS)   # rows draw differently
+                     step=torch.arange(B, device=self.head.weight.device) * 101 % DRAWS)
         if c.M:
             state |= dict(old=new(B, c.layers, c.M, c.width), key=new(B, c.layers, c.M, c.r), old_birth=none(c.M),
                           probe=new(B, c.layers, c.m, c.r), aux=new(B))
@@ -126,7 +126,7 @@ class MPlus(GPT):
         return self.head(norm(x)), (state, torch.cat([page, tokens], 1), longer)
 
     def past(self, l, x, state):
-        """Layer l's keys and values of [found ; start ; pool], (B, H, K0+1+N, D) both, and which are real (B, K0+1+N)."""
+        """Layer l's keys and values (B, H, P, D) of the K0+1+N rows [found ; start ; pool], and which are real (B, P)."""
         c = self.c
         if not c.N:
             return None, None
@@ -140,7 +140,7 @@ class MPlus(GPT):
         return self.memory(l, rows, -c.K0), real
 
     def memory(self, l, rows, first):
-        """Keys and values that layer l makes of memory rows (B, P, C), which stand at positions first, first + 1, ..."""
+        """Keys and values that layer l makes of memory rows (B, P, C) at positions first, first + 1, ..."""
         qkv, H = self.blocks[l].attention.qkv, self.c.heads
         kv = F.linear(norm(rows), qkv.weight[self.c.width:])                  # a memory has no query
         k, v = kv.view(*rows.shape[:2], 2 * H, -1).transpose(1, 2).chunk(2, 1)                   # (B, H, P, D)

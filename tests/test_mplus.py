@@ -46,7 +46,7 @@ def slow(room, l, x, rows, real):
 
 
 def best(room, l, q, state):
-    """The vectors of layer l's store (one row of the batch) that score best for queries q (m, r), oldest first: a loop."""
+    """Births and vectors of layer l's store (of a single row) that score best for queries q (m, r), oldest first."""
     scored = [(sum(torch.sigmoid(qi @ key).item() for qi in q) / len(q), birth.item(), vector) for vector, key, birth
               in zip(*(state[k][0, l] for k in ("old", "key", "old_birth"))) if birth >= 0]
     top = sorted(sorted(scored, key=lambda s: -s[0])[:room.c.K0], key=lambda s: s[1])
