@@ -76,10 +76,10 @@ class MPlus(GPT):
     paper    MemoryLLM 2402.04624, section 3.1 (forgetting: eq. 3-5); M+ 2502.00592, section 3.2
     departs  everything is trained, from scratch, in place of LoRA on Llama, one set of weights for both passes; drops
              come from a table. `lag` searches with the last rows of the segment before, which is causal; the paper's
-             search is `self`: the prompt searches for itself, which shows its first rows what follows (`scored`). A row
-             of the batch reads one book, so that no other document can be the wrong answer in the searcher's loss:
-             here the document is the segment, what it has just written is right and the older pool is wrong. Found
-             rows stand before the start row, where they shift nothing; places still empty are masked, not noise
+             search is `self`: the prompt searches for itself, and its first rows see what follows (`scored`). In the
+             searcher's loss the paper calls right what was written by the same document, wrong what by others; a row of
+             ours reads one book, and right is what attention looks at. Found rows stand before the start row, where
+             they shift nothing; places that are still empty are masked, not noise
     """
     Config = Config
 
@@ -126,7 +126,7 @@ class MPlus(GPT):
         return self.head(norm(x)), (state, torch.cat([page, tokens], 1), longer)
 
     def past(self, l, x, state):
-        """Layer l's keys and values (B, H, P, D) of the K0+1+N rows [found ; start ; pool], and which are real (B, P)."""
+        """Layer l's keys and values (B, H, P, D) of its P rows [found ; start ; pool], and which are real (B, P)."""
         c = self.c
         if not c.N:
             return None, None
@@ -190,10 +190,10 @@ class MPlus(GPT):
         out = dict(pool=torch.cat([kept, new], 2), birth=torch.cat([birth, now.expand(-1, c.layers, -1)], 2),
                    step=step + 1)
         if c.M:
-            query = self.f_q(torch.stack([rows for rows, *_ in layers], 1))                       # (B, L, S, r)
             out |= self.shelve(gone.detach(), death, state)
+            query = self.f_q(torch.stack([rows for rows, *_ in layers], 1))                       # (B, L, S, r)
             out |= dict(probe=query[:, :, S - c.m:].detach().to(state["probe"].dtype, copy=True),
-                        aux=self.loss(query, out).to(state["aux"].dtype))
+                        aux=self.loss(query, self.looked(layers), state) if self.training else state["aux"] * 0)
         return out
 
     def shelve(self, gone, death, state):
@@ -207,12 +207,26 @@ class MPlus(GPT):
             out[name] = was.scatter(2, wide(place, was), new)
         return out
 
-    def loss(self, query, state):
-        """(B,) how badly every m rows of the segment tell what it has just written from the rest of the pool: half of
-        mean -log s over the former, half of mean -log(1 - s) over the latter (M+, section 3.2)."""
+    # ---- what the searcher learns
+
+    def looked(self, layers):
+        """How each row of the segment would share its attention between the start row and the pool, mean over heads."""
+        c, shares, pool = self.c, [], slice(self.c.K0, self.c.K0 + 1 + self.c.N)
+        turn = angles(torch.arange(c.seg, device=self.head.weight.device) + c.N + 1, c.head_dim)
+        for block, (rows, (k, _), real) in zip(self.blocks, layers):
+            q = F.linear(norm(rows), block.attention.qkv.weight[:c.width])
+            q = rotate(norm(q.view(*rows.shape[:2], c.heads, -1).transpose(1, 2)), turn).type_as(k)
+            w = (q @ k[:, :, pool].mT).float() * c.head_dim ** -0.5                               # (B, H, S, 1+N)
+            shares.append(w.masked_fill(~real[:, None, None, pool], -torch.inf).softmax(-1).mean(1)[..., 1:])
+        return torch.stack(shares, 1)                                                             # (B, L, S, N)
+
+    def loss(self, query, seen, state):
+        """(B,) how badly m rows of the segment, asking together, tell the vectors of the pool that they look at, with
+        three times an even share of attention, from the others: the mean of -log s over the former and of -log(1 - s)
+        over the latter, half each (M+, section 3.2)."""
         c, pool = self.c, state["pool"].detach()
         s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().unfold(2, c.m, c.m).mean(-1)     # (B, L, S/m, N)
-        old, own = s.split([c.N - c.K, c.K], 3)
-        real = (state["birth"][:, :, None, :c.N - c.K] >= 0).expand_as(old)
-        wrong = -(1 - old + 1e-5).log() * real
-        return (-(own + 1e-5).log().mean((1, 2, 3)) + wrong.sum((1, 2, 3)) / real.sum((1, 2, 3)).clamp(min=1)) / 2
+        right = seen.unfold(2, c.m, c.m).mean(-1) > 3 / c.N
+        wrong = ~right & (state["birth"][:, :, None] >= 0)
+        mean = lambda x, of: (x * of).sum((1, 2, 3)) / of.sum((1, 2, 3)).clamp(min=1)
+        return (mean(-(s + 1e-5).log(), right) + mean(-(1 - s + 1e-5).log(), wrong)) / 2

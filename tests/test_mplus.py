@@ -278,23 +278,28 @@ def test_the_searcher_learns_from_its_own_loss_and_nothing_else_does():
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [0, 1, 12])
-def test_the_loss_wants_what_was_just_written_and_nothing_older(n):
-    """One vector and one query at a time: the likelihood of its label, each of the two labels half of the loss."""
+def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
+    """One query and one vector at a time: the likelihood of its label, each of the two labels half of the loss."""
     room, x = small(), text(B=1, K=1)
     before, c = after(room, n, B=1), room.c
-    _, _, layers = room.extend(x, room.read(before))[1]
-    state, right, wrong = room(x, before)[1], [], []
-    for l in range(c.layers):
-        for vector, birth in zip(state["pool"][0, l], state["birth"][0, l]):
-            q, k = room.f_q(layers[l][0], l)[0], room.f_k(vector[None, None], l)[0, 0]
-            for i in range(0, S - c.m + 1, c.m):
-                s = sum(torch.sigmoid(qi @ k) for qi in q[i:i + c.m]) / c.m
-                if birth >= before["step"] * c.K:
-                    right.append(-(s + 1e-5).log())
-                elif birth >= 0:
-                    wrong.append(-(1 - s + 1e-5).log())
-    mean = lambda x: sum(x) / max(1, len(x))
-    assert len(right) == c.layers * c.K * (S // c.m) and close(state["aux"], (mean(right) + mean(wrong)).view(1) / 2)
+    layers, likely = room.extend(x, room.read(before))[1][2], {True: [], False: []}
+    for l, (rows, *_) in enumerate(layers):
+        real, pool = before["birth"][0, l] >= 0, before["pool"][0, l]
+        q, k, _ = room.blocks[l].attention.qkv(norm(torch.cat([room.start[l], pool, rows[0]]))).view(
+            1 + c.N + S, 3, c.heads, -1).unbind(1)
+        turn = [a[:, None] for a in gpt.angles(torch.arange(1 + c.N + S), c.head_dim)]
+        q, k = gpt.rotate(norm(q), turn)[1 + c.N:], gpt.rotate(norm(k), turn)[:1 + c.N]
+        w = torch.einsum("ihd,jhd->hij", q, k[F.pad(real, (1, 0), value=True)]) / math.sqrt(c.head_dim)
+        w = w.softmax(-1).mean(0)[:, 1:]                                   # (S, vectors that are real)
+        for i in range(0, S - c.m + 1, c.m):
+            for j, vector in enumerate(pool[real]):
+                s = torch.sigmoid(room.f_q(rows[0, i:i + c.m], l) @ room.f_k(vector, l)).mean()
+                right = bool(w[i:i + c.m, j].mean() > 3 / c.N)
+                likely[right].append((s if right else 1 - s) + 1e-5)
+    assert bool(likely[True]) == bool(likely[False]) == (n > 0)
+    expected = sum(-torch.stack(p).log().mean() for p in likely.values() if p) / 2
+    assert close(room(x, before)[1]["aux"], torch.as_tensor(expected).view(1))
+    assert room.eval()(x, before)[1]["aux"] == 0                           # nobody needs it
 
 
 @torch.no_grad()
