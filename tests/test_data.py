@@ -214,9 +214,20 @@ def test_a_needle_lies_at_the_distance_asked_for():
     assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
     for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
                       (lambda: data.Synthetic("recall", 4, 64, pairs=17), "17 pairs that are asked for"),
-                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times")]:
+                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times"),
+                      (lambda: data.Synthetic("retain", 4, 64, facts=9), "9 facts .* into 16 keys and 16 chunks of 4")]:
         with pytest.raises(UserError, match=why):
             make().next()
+
+
+def test_retain_asks_once_for_each_fact_at_the_beginning_of_a_later_chunk():
+    for T, facts in (64, 8), (64, 3), (2048, 16):
+        batch = data.Synthetic("retain", 32, T, facts=facts if facts == 3 else 0).next()
+        rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+        told = t - batch.at[rows, t]
+        assert (t % 4 == 0).all() and (told % 4 > 0).all() and (batch.at[rows, t] // 4 == t // 4 - told // 4 - 1).all()
+        assert torch.bincount(rows).tolist() == [facts] * 32
+        assert all(len(set(batch.x[r, t[rows == r]].tolist())) == facts for r in range(32)), "a key is asked for twice"
 
 
 def test_a_single_book_holds_out_its_own_end():
