@@ -16,6 +16,8 @@ ROOMS = {
     "hmt": ("hmt", {}),
     "hmt_split": ("hmt", dict(query="split")),
     "memformer": ("memformer", {}),
+    "memoryllm": ("mplus", dict(store=0)),
+    "mplus": ("mplus", {}),
     "mamba": ("bmojo", dict(mix="ssm")),
     "hybrid": ("bmojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", dict(eidetic=0)),

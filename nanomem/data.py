@@ -411,7 +411,26 @@ def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
     return x, y, at
 
 
-STREAMS = {"recall": recall, "needle": needle, "planted": planted, "mqar": mqar}
+def retain(rng, B, T, facts=0, chunk=4):
+    """A text in chunks, to be read with segments of that length. Some tell a fact, a key and its value; some begin with
+    the key of one told before and ask for the value, each once; the rest is filler. With facts=0 there are 16, or as
+    many as fit. at // chunk is the number of chunks between fact and question."""
+    n = T // chunk
+    facts = facts or min(16, n // 2)
+    if not 0 < facts <= min(KEYS, n // 2) or chunk < 4:
+        raise UserError(f"{facts} facts and their questions do not fit into {KEYS} keys and {n} chunks of {chunk}")
+    told, asked = np.sort(rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :2 * facts].reshape(B, facts, 2)).T
+    places, asked = told.T * chunk + rng.integers(1, chunk - 1, size=(B, facts)), asked.T * chunk
+    key = keys(rng, B, facts)
+    value = NOISE + rng.integers(VALUES, size=(B, facts))
+    x, rows = filler(rng, B, T), np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[rows, places], x[rows, places + 1], x[rows, asked] = key, value, key
+    y[rows, asked], at[rows, asked] = value, asked - places
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle, "planted": planted, "mqar": mqar, "retain": retain}
 
 
 def is_stream(name):

@@ -278,7 +278,8 @@ def test_a_needle_lies_at_the_distance_asked_for():
                       (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times"),
                       (lambda: data.Synthetic("recall:pair=3", 4, 64), "recall has no knob pair: did you mean pairs"),
                       (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number"),
-                      (lambda: data.Synthetic("mqar", 4, 64, pairs=17), "17 pairs and their questions do not fit")]:
+                      (lambda: data.Synthetic("mqar", 4, 64, pairs=17), "17 pairs and their questions do not fit"),
+                      (lambda: data.Synthetic("retain", 4, 64, facts=9), "9 facts .* into 64 keys and 16 chunks of 4")]:
         with pytest.raises(UserError, match=why):
             make().next()
 
@@ -307,6 +308,16 @@ def test_knobs_may_stand_behind_the_name():
     one, two = data.Synthetic("needle:distance=50", 4, 64, seed=3), data.Synthetic("needle", 4, 64, seed=3, distance=50)
     assert one.next().x.equal(two.next().x) and (one.next().at[:, -1] == 50).all()
     assert (data.Synthetic("needle:distance=50", 4, 64, distance=9).next().at[:, -1] == 9).all()
+
+
+def test_retain_asks_once_for_each_fact_at_the_beginning_of_a_later_chunk():
+    for T, facts in (64, 8), (64, 3), (2048, 16):
+        batch = data.Synthetic("retain", 32, T, facts=facts if facts == 3 else 0).next()
+        rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+        told = t - batch.at[rows, t]
+        assert (t % 4 == 0).all() and (told % 4 > 0).all() and (batch.at[rows, t] // 4 == t // 4 - told // 4 - 1).all()
+        assert torch.bincount(rows).tolist() == [facts] * 32
+        assert all(len(set(batch.x[r, t[rows == r]].tolist())) == facts for r in range(32)), "a key is asked for twice"
 
 
 def test_a_single_book_holds_out_its_own_end():
