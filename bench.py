@@ -98,9 +98,16 @@ TRIALS = dict(
                   "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, data="planted:gap=64", span=8,
                   rooms="memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
                   windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
+    mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are read in "
+               "one call; windows of 16 tokens, so that what is further back is beyond them",
+               "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 65),
+               rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
+                     "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
+                     "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
 )
 TASKS = ("depth", *TRIALS, "cost", "replay")
 QUICK = ("depth", "recall", "cost")   # without --tasks
+COMPARED = "gpt,window,xl,full,rmt,hmt,memformer"   # without --rooms
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
 
@@ -605,7 +612,7 @@ def merged(runs):
 def rooms_of(text, task):
     """The rooms of a task, after making sure that each can be built."""
     own = TRIALS[task].rooms if task in TRIALS else ""
-    specs = [w.strip() for w in (text or own).split(",") if w.strip()] or list(nanomem.ROOMS)
+    specs = [w.strip() for w in (text or own or COMPARED).split(",") if w.strip()]
     for spec in specs:
         name, settings = cli.variant(spec)
         if name not in nanomem.ROOMS:
