@@ -197,7 +197,10 @@ def depth(room, checkpoint, b):
                 for lo, hi in zip(places, places[1:])]
     plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
     size = sum(p.numel() for p in room.parameters())
-    return dict(strangers(room, books, b) if b.interleave > 1 else {}, books=len(books), parameters=size,
+    more = strangers(room, books, b) if b.interleave > 1 else {}
+    if type(room).__name__ == "Memformer":
+        more["writing"] = writing(room, books, b)
+    return dict(more, books=len(books), parameters=size,
                 extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
@@ -222,6 +225,19 @@ def strangers(room, books, b):
         losses_of(room, books, b, look)
         found.update(zip(("own", "chance"), torch.cat(shares).mean(0).tolist()))
     return found
+
+
+@torch.no_grad()
+def writing(room, books, b, windows=16):
+    """How Memformer writes, by segments since the book began: the share of slots that retain what they were (more than
+    two thirds of the weight on themselves), that are overwritten (less than one), and that mix."""
+    loader, state, kept = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None, []
+    for batch in (loader.next().to(stream.device_of(room)) for _ in range(windows)):
+        state = stream.enter(room, state or room.init_state(len(batch.x)), batch.fresh)
+        for x, _ in stream.segments(room, batch.x, batch.y):
+            kept.append(room.weights(x, state)[..., 0].mean(1))              # (B, M) over heads
+            state = room(x, state)[1]
+    return [dict(retain=(w > 2 / 3).float().mean().item(), overwrite=(w < 1 / 3).float().mean().item()) for w in kept]
 
 
 def interval(ours, theirs, draws=2000):
@@ -496,6 +512,13 @@ def details(found):
              lambda r: ["loss", "a stranger's memory", "weight on own book", "chance"],
              lambda r: [f"{r['all']['loss']:.3f}", f"{r['stranger']:.3f}",
                         *(f"{r[k]:.1%}" if k in r else "" for k in ("own", "chance"))])
+    for name, r in found["rooms"].items():
+        w = r.get("depth", {}).get("writing", [])
+        at = [i for i in (0, 1, 3, 7, 15, 31, 63) if i < len(w)]
+        if w:
+            rows = [[k, *(f"{w[i][k]:.0%}" for i in at)] for k in ("retain", "overwrite")]
+            parts.append(f"Slots of {name} that keep two thirds of themselves, or lose two thirds, when a book's n-th "
+                         f"segment is written:\n\n{table(['n', *(str(i + 1) for i in at)], rows)}")
     part(lambda r: "Loss by place in the segment:", "depth",
          lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
          lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
@@ -562,7 +585,8 @@ def draw(found, out):
         figure.savefig(out / f"{task}.svg")
         plt.close(figure)
         drawn.append(f"{task}.svg")
-    return drawn
+    return drawn + [draw_writing(name, r["depth"]["writing"], out) for name, r in found["rooms"].items()
+                    if "writing" in r.get("depth", {})]
 
 
 def work(b, task, spec, seed):
@@ -596,6 +620,20 @@ def side_by_side(function, calls, n):
         yield from ((call, future.result()) for call, future in futures)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def draw_writing(name, rows, out):
+    """writing-NAME.svg: what Memformer's slots do, segment by segment."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    retain, overwrite = (np.array([r[k] for r in rows]) for k in ("retain", "overwrite"))
+    axes.stackplot(range(1, len(rows) + 1), retain, 1 - retain - overwrite, overwrite, labels=["retain", "mix", "overwrite"])
+    axes.set(xlabel="segments since the book began", ylabel="share of slots", xlim=(1, len(rows)), ylim=(0, 1))
+    figure.legend(loc="outside right upper", frameon=False)
+    path = out / f"writing-{name.replace(':', '-').replace('=', '')}.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path.name
 
 
 def merged(runs):

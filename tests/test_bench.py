@@ -91,8 +91,8 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
         bench.main([*SMALL, "--plot"])
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    bench.main([*SMALL, "--rooms=gpt,rmt", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
-    assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall"))
+    bench.main([*SMALL, "--rooms=gpt,memformer", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
+    assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall", "writing-memformer"))
 
 
 @torch.no_grad()
@@ -134,6 +134,14 @@ def test_a_search_that_looks_at_its_own_book_alone_is_told_from_chance(shards):
     assert bench.strangers(room, books, b)["own"] == 1
     b.turn, b.segments = 2, 4
     assert bench.strangers(room, books, b)["own"] == 0                # two segments ago it was the other's turn
+
+
+def test_slots_that_keep_themselves_are_counted(shards):
+    room, books = tiny("memformer", vocab=320, seg=16), data.open_shards(shards, "validation")
+    for kept, retain in ((0.9, 1), (0.5, 0), (0.1, 0)):
+        room.weights = lambda x, state: torch.full((len(x), 2, room.c.M, 17), kept)
+        found = bench.writing(room, books, bench.Bench(segments=2), windows=2)
+        assert len(found) == 4 and all(f["retain"] == retain and f["overwrite"] == (kept < 0.3) for f in found)
 
 
 def test_nobody_is_scored_where_one_room_has_seen_the_target(shards):
