@@ -370,7 +370,7 @@ def oracle(room, batch):
 
 
 def retained(room, search=None, chunks=128, batches=2):
-    """Accuracy on the stream retain for facts told less than N/K writes ago, and more than 4 N/K."""
+    """Accuracy on the stream retain for facts told less than 8 writes ago, and for those told 32 to 126 ago."""
     right = [[], []]
     loader, same = (data.Synthetic("retain", 64, chunks * room.c.seg, seed=(1, 2)) for _ in range(2))
     for _ in range(batches):
@@ -385,9 +385,10 @@ def retained(room, search=None, chunks=128, batches=2):
 
 @pytest.mark.slow
 def test_what_fell_out_of_the_pool_is_found_in_the_store(tmp_path):
-    assert train.main("""--room=mplus --data=retain --seg=4 --segments=16 --layers=2 --heads=2 --width=64 --slots=16
-        --store=512 --found=4 --ask=self --query=1 --batch=64 --lr=3e-3 --steps=300 --validate=300 --windows=4
-        --device=cpu""".split() + [f"--out={tmp_path}"]) == 0
+    """Trained on 16 segments, asked over 128: N/K is 8 writes, the store lasts for 128."""
+    assert train.main("""--room=mplus --data=retain --ask=self --query=1 --seg=4 --segments=16 --layers=2 --heads=2
+        --width=64 --batch=64 --lr=3e-3 --steps=400 --validate=400 --windows=4 --device=cpu""".split()
+                      + [f"--out={tmp_path}"]) == 0
     room = nanomem.load(tmp_path)[0]
     (near, far), guess, told = retained(room), retained(room, chance), retained(room, oracle)
-    assert near > 0.85 and far > 0.4 and guess[1] < 0.15 and told[1] > far
+    assert near > 0.85 and far > 0.5 and guess[1] < 0.15 and told[1] > 0.9
