@@ -9,6 +9,7 @@
     depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
              and what memory is worth: how much the loss grows when every segment begins with an empty one
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
+    planted, mqar, retain    the same on other streams: each the experiment of one paper, with rooms of its own
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -46,7 +47,7 @@ from nanomem.cli import UserError
 @dataclass
 class Bench:
     rooms: str = ""              # which rooms, ROOM:field=value for other settings (without it those of the task)
-    tasks: str = ""              # which of depth, recall, cost, replay (without it the first three)
+    tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
     upto: int = 0                # tokens that it reads of each (0: all)
@@ -104,6 +105,11 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
+    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of 64 "
+                 "and 512; trained on texts of 16 writes, tested on 256",
+                 "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
+                 edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
+                 rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
 )
 TASKS = ("depth", *TRIALS, "cost", "replay")
 QUICK = ("depth", "recall", "cost")   # without --tasks

@@ -28,8 +28,8 @@ from nanomem.cli import UserError
 
 @dataclass
 class Run:
-    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt
-    data: str = ""               # folder of shards, or a stream (recall, needle:distance=9); without it Moby-Dick
+    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt, hmt, memformer, mplus, bmojo, ... (README)
+    data: str = ""               # folder of shards, or a stream (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/ROOM)
     resume: bool = False         # go on from last.pt of that folder
