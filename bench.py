@@ -79,8 +79,8 @@ class Trial:
     train: str        # flags of train.py
     steps: int
     segments: int     # K, segments in a window of training
-    rooms: str = ""   # those it was made for; all where it is empty
     data: str = ""    # the stream that teaches, if it has knobs
+    rooms: str = ""   # those it was made for; all where it is empty
     test: str = ""    # the stream that asks, if its knobs are other ones
     span: int = 0     # segments that a text lasts in training, if that can be more than a window
     rows: int = 64
@@ -95,18 +95,18 @@ TRIALS = dict(
                  test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
                  edges=tuple(range(0, 129, 16))),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
-                  "trained on texts of 8 segments of 16 tokens, back-propagation through `segments` of them, tested on 16",
-                  "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, data="planted:gap=64", span=8,
-                  rooms="memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
-                  windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
-    mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are read in "
-               "one call; windows of 16 tokens, so that what is further back is beyond them",
+                  "trained on texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
+                  "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, "planted:gap=64",
+                  "memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
+                  span=8, windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
+    mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are "
+               "read in one call; windows of 16 tokens, so that what is further back is beyond them",
                "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 65),
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of 64 "
-                 "and 512; trained on texts of 16 writes, tested on 256",
+    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of "
+                 "64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
                  edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
                  rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
@@ -186,7 +186,8 @@ def depth(room, checkpoint, b):
     books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
     books.tokens = [t[:b.upto + 1 if b.upto else None] for t in books.tokens]
     losses = losses_of(room, books, b)
-    empty = losses_of(room, books, b, lambda state: room.init_state(len(next(iter(state.values())))) if state else state)
+    fresh = lambda state: room.init_state(len(next(iter(state.values())))) if state else state
+    empty = losses_of(room, books, b, fresh)
 
     def score(lo, hi):
         parts = [x[lo:hi] for x in losses]
@@ -513,8 +514,8 @@ def details(found):
     part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
          "depth", depths, lambda r: [f"{s['memory']:.3f}" for s in r["by_position"]])
     if found["settings"]["interleave"] > 1:
-        part(lambda r: "Books in turns: the loss, and the loss with the memory of another row; how much of a search's weight "
-                       "lies on memories of the segment's own book, and their share in the bank:", "depth",
+        part(lambda r: "Books in turns: the loss, and the loss with the memory of another row; how much of a search's "
+                       "weight lies on memories of the segment's own book, and their share in the bank:", "depth",
              lambda r: ["loss", "a stranger's memory", "weight on own book", "chance"],
              lambda r: [f"{r['all']['loss']:.3f}", f"{r['stranger']:.3f}",
                         *(f"{r[k]:.1%}" if k in r else "" for k in ("own", "chance"))])
@@ -529,8 +530,8 @@ def details(found):
          lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
          lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
     for task, t in TRIALS.items():
-        part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the last "
-                       "line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
+        part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the "
+                       "last line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
              lambda r: [f"{s['questions']:,.0f}" for s in r])
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
@@ -633,7 +634,8 @@ def draw_writing(name, rows, out):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
     retain, overwrite = (np.array([r[k] for r in rows]) for k in ("retain", "overwrite"))
-    axes.stackplot(range(1, len(rows) + 1), retain, 1 - retain - overwrite, overwrite, labels=["retain", "mix", "overwrite"])
+    shares = dict(retain=retain, mix=1 - retain - overwrite, overwrite=overwrite)
+    axes.stackplot(range(1, len(rows) + 1), *shares.values(), labels=list(shares))
     axes.set(xlabel="segments since the book began", ylabel="share of slots", xlim=(1, len(rows)), ylim=(0, 1))
     figure.legend(loc="outside right upper", frameon=False)
     path = out / f"writing-{name.replace(':', '-').replace('=', '')}.svg"

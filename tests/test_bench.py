@@ -91,7 +91,8 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
         bench.main([*SMALL, "--plot"])
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    bench.main([*SMALL, "--rooms=gpt,memformer", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
+    argv = [*SMALL, "--rooms=gpt,memformer", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main([*argv, "--plot"])
     assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall", "writing-memformer"))
 
 
@@ -211,8 +212,8 @@ def test_a_wrong_setting_is_one_sentence(rooms, why):
 
 
 def test_settings_make_a_room_of_their_own(tmp_path, shards):
-    argv = [*SMALL, "--rooms=rmt,rmt:mem=1", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--seeds=2"]
-    bench.main(argv)
+    argv = [*SMALL, "--rooms=rmt,rmt:mem=1", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main([*argv, "--seeds=2"])
     found = json.loads((tmp_path / "report.json").read_text())["rooms"]
     assert found["rmt:mem=1"]["depth"]["parameters"] == found["rmt"]["depth"]["parameters"] - 16 * 3
     cell = found["rmt"]["recall"][0]
