@@ -27,7 +27,7 @@ import sys
 import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ class Bench:
     out: str = "out/bench"       # folder for checkpoints and report
     steps: int = 120             # training steps on books
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
+    pairs: int = 2               # key-value pairs of the recall stream, up to 64; more than 16 take longer windows
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
     interleave: int = 1          # books that a row reads in turns
@@ -90,7 +91,8 @@ class Trial:
 
 
 TRIALS = dict(
-    recall=Trial("by tokens between question and answer, trained on windows of 4 segments of 16 tokens, tested on 8",
+    recall=Trial("by tokens between question and answer, in segments of 16 tokens, tested on texts twice as long as in "
+                 "training",
                  "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 4,
                  test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
                  edges=tuple(range(0, 129, 16))),
@@ -149,7 +151,7 @@ def flags_of(b, spec, task, seed):
     if task == "depth":
         same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr", "layers", "heads", "width", "seg")
         return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
-    t = TRIALS[task]
+    t = trial_of(b, task)
     K = int(settings.get("segments", t.segments))
     parts = max(1, t.span // K)                  # windows that a text lasts: the more, the more steps for as many texts
     steps = (b.stream_steps or t.steps) * parts
@@ -259,10 +261,21 @@ def interval(ours, theirs, draws=2000):
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic streams
 
-def trial(room, task, seed=0):
+def trial_of(b, task):
+    """The trial of that name; with another number of pairs, the recall that has them: in texts that are long enough, and
+    as many tokens a step."""
+    t = TRIALS[task]
+    if task == "recall" and b.pairs != 2:
+        K = max(4, b.pairs // 2)
+        t = replace(t, train=t.train.replace("batch=64", f"batch={256 // K}"), data=f"recall:pairs={b.pairs}", test=f"recall:asks=2:pairs={b.pairs}",
+                    segments=K, lengths=(2 * K,), edges=tuple(range(0, 32 * K + 1, 4 * K)))
+    return t
+
+
+def trial(room, t, task, seed=0):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
     50 questions."""
-    t, found = TRIALS[task], []
+    found = []
     for length in t.lengths:
         T = length * room.c.seg
         edges = np.array(t.edges or (0, T + 1))
@@ -602,7 +615,7 @@ def work(b, task, spec, seed):
     folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
     room, checkpoint = trained(flags_of(b, spec, task, seed), Path(b.out) / folder)
     room.to(train.machine(train.Run(device=b.device))[0]).eval()
-    return depth(room, checkpoint, b) if task == "depth" else trial(room, task, b.seed)
+    return depth(room, checkpoint, b) if task == "depth" else trial(room, trial_of(b, task), task, b.seed)
 
 
 def threads_of(device):

@@ -220,6 +220,14 @@ def test_settings_make_a_room_of_their_own(tmp_path, shards):
     assert len(cell["each"]) == 2 and abs(sum(cell["each"]) / 2 - cell["accuracy"]) < 1e-9
 
 
+@pytest.mark.parametrize("pairs", [2, 8, 16, 32, 64])
+def test_every_number_of_pairs_fits_into_its_texts(pairs):
+    t = bench.trial_of(bench.Bench(pairs=pairs), "recall")
+    for name, segments in ((t.data or "recall", t.segments), (t.test, t.lengths[0])):
+        batch = data.Synthetic(name, 2, 16 * segments).next()
+        assert (batch.y >= 0).any(1).all() and batch.at.max() < t.edges[-1]
+
+
 def test_memory_is_worth_nothing_where_there_is_none(shards):
     b, checkpoint = bench.Bench(data=str(shards), segments=2), dict(run=dict(tokenizer="bytes"))
     worth = {n: bench.depth(tiny(n, vocab=320), checkpoint, b)["all"]["memory"] for n in ("gpt", "xl")}

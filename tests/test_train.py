@@ -239,5 +239,5 @@ def test_it_learns_a_recall_that_gpt_cannot(tmp_path, room, steps, floors):
     segments. Of an earlier segment gpt knows nothing (law 5), so that it can only guess one value in 32."""
     train.main([f"--room={room}", f"--out={tmp_path}", f"--steps={steps}", "--data=recall", "--batch=64", "--lr=5e-3",
                 "--layers=2", "--heads=2", "--width=64", "--seg=16", "--windows=1", f"--validate={steps}"])
-    found = bench.trial(nanomem.load(tmp_path)[0], "recall")
+    found = bench.trial(nanomem.load(tmp_path)[0], bench.TRIALS["recall"], "recall")
     assert all(f["accuracy"] > floor for f, floor in zip(found, floors)), found
