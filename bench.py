@@ -267,8 +267,9 @@ def trial_of(b, task):
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
         K = max(4, b.pairs // 2)
-        t = replace(t, train=t.train.replace("batch=64", f"batch={256 // K}"), data=f"recall:pairs={b.pairs}", test=f"recall:asks=2:pairs={b.pairs}",
-                    segments=K, lengths=(2 * K,), edges=tuple(range(0, 32 * K + 1, 4 * K)))
+        t = replace(t, data=f"recall:pairs={b.pairs}", test=f"recall:asks=2:pairs={b.pairs}", segments=K,
+                    train=t.train.replace("batch=64", f"batch={256 // K}"), lengths=(2 * K,),
+                    edges=tuple(range(0, 32 * K + 1, 4 * K)))
     return t
 
 
