@@ -92,7 +92,7 @@ def machine(run):
 def windows_of(run, seg):
     """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
     T = run.segments * seg
-    if run.data in data.STREAMS:
+    if run.data.split(":")[0] in data.STREAMS:
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
                 lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
@@ -119,8 +119,10 @@ def rate(run, step):
 def validate(room, loader, windows, dtype):
     """Mean loss in nats a token, and the share of right guesses, on the first windows of the held-out text."""
     nll, hits, n = 0.0, 0, 0
+    room.eval()
     for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
         nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + (batch.y >= 0).sum().item()
+    room.train()
     return nll / n, hits / n
 
 

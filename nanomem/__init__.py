@@ -13,6 +13,7 @@ ROOMS = {
     "xl": ("xl", {}),
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
+    "gca": ("gca", {}),
 }
 
 

@@ -340,17 +340,24 @@ def recall(rng, B, T, pairs=2, asks=0):
     return x, y, at
 
 
-def needle(rng, B, T, distance=0):
-    """One key and its value somewhere in filler; the last token is the key again and asks for the value, `distance`
-    tokens later (0: drawn uniformly, anew for every row)."""
-    x, rows = filler(rng, B, T), np.arange(B)
-    if not 0 <= distance < T or T < 3:
-        raise UserError(f"a needle at distance {distance} does not fit into {T} tokens")
-    distance = np.full(B, distance) if distance else rng.integers(2, T, size=B)
+def needle(rng, B, T, pairs=1, hops=1, notice=0):
+    """`pairs` keys with their values somewhere in filler; at the end each key comes back once and asks for its value.
+    With more hops a key is followed by another key, which has its own place, and only the last one by the value. A
+    question may be announced: its key also stands `notice` tokens before it."""
+    step = max(1, 2 * notice)                                        # between two questions
+    room = (T - step * pairs) // 2 * 2                               # tokens for the needles
+    if pairs < 1 or hops < 1 or notice < 0 or pairs * hops > min(KEYS, room // 2):
+        raise UserError(f"{pairs} needles of {hops} hops do not fit into {KEYS} keys and {max(0, room)} of {T} tokens")
+    chain = np.empty((B, pairs, hops + 1), int)                      # keys, and the value
+    chain[..., :hops] = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs * hops].reshape(B, pairs, hops)
+    chain[..., hops] = NOISE + rng.integers(VALUES, size=(B, pairs))
+    places = rng.permuted(np.tile(np.arange(0, room, 2), (B, 1)), axis=1)[:, :pairs * hops].reshape(B, pairs, hops)
+    asks = T - 1 - step * np.arange(pairs) - rng.integers(max(1, notice), size=(B, 1))     # (B, pairs)
+    x, rows = filler(rng, B, T), np.arange(B)[:, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    x[rows, T - 1 - distance] = x[:, -1] = NOISE + VALUES + rng.integers(KEYS, size=B)
-    x[rows, T - distance] = y[:, -1] = NOISE + rng.integers(VALUES, size=B)
-    at[:, -1] = distance
+    x[rows[..., None], places], x[rows[..., None], places + 1] = chain[..., :-1], chain[..., 1:]
+    x[rows, asks] = x[rows, asks - notice] = chain[..., 0]
+    y[rows, asks], at[rows, asks] = chain[..., -1], asks - places[..., -1]
     return x, y, at
 
 
@@ -358,9 +365,12 @@ STREAMS = {"recall": recall, "needle": needle}
 
 
 class Synthetic:
-    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone."""
+    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone. The name may
+    bring knobs, as in needle:pairs=8:notice=16."""
 
     def __init__(self, name, rows, T, seed=0, **knobs):
+        name, *typed = name.split(":")
+        knobs = {**{k: int(v) for k, v in (knob.split("=") for knob in typed)}, **knobs}
         self.make, self.B, self.T, self.seed, self.knobs, self.i = STREAMS[name], rows, T, seed, knobs, 0
 
     def next(self):

@@ -10,7 +10,7 @@ from conftest import TINY, tiny
 
 S, V = TINY["seg"], TINY["vocab"]
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
-           rmt=dict(mem=0))   # each memory switched off
+           rmt=dict(mem=0), gca=dict(topk=0, window=0))   # each memory switched off
 
 
 def text(B=2, K=3, seed=0):
