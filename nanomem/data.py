@@ -10,6 +10,7 @@ import base64
 import csv
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import os
@@ -340,38 +341,56 @@ def recall(rng, B, T, pairs=2, asks=0):
     return x, y, at
 
 
-def needle(rng, B, T, pairs=1, hops=1, notice=0):
-    """`pairs` keys with their values somewhere in filler; at the end each key comes back once and asks for its value.
-    With more hops a key is followed by another key, which has its own place, and only the last one by the value. A
-    question may be announced: its key also stands `notice` tokens before it."""
-    step = max(1, 2 * notice)                                        # between two questions
-    room = (T - step * pairs) // 2 * 2                               # tokens for the needles
-    if pairs < 1 or hops < 1 or notice < 0 or pairs * hops > min(KEYS, room // 2):
-        raise UserError(f"{pairs} needles of {hops} hops do not fit into {KEYS} keys and {max(0, room)} of {T} tokens")
-    chain = np.empty((B, pairs, hops + 1), int)                      # keys, and the value
-    chain[..., :hops] = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs * hops].reshape(B, pairs, hops)
-    chain[..., hops] = NOISE + rng.integers(VALUES, size=(B, pairs))
-    places = rng.permuted(np.tile(np.arange(0, room, 2), (B, 1)), axis=1)[:, :pairs * hops].reshape(B, pairs, hops)
-    asks = T - 1 - step * np.arange(pairs) - rng.integers(max(1, notice), size=(B, 1))     # (B, pairs)
-    x, rows = filler(rng, B, T), np.arange(B)[:, None]
+def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
+    """Keys with their values (needles) somewhere in filler; at the end each key comes back `asks` times, in any order,
+    and asks for its value. With more hops, a key is followed by another key, which stands elsewhere, and only the last
+    one by the value. A question can be announced: then its key also stands `notice` tokens before it."""
+    n, end = pairs * asks, T - pairs * asks * (notice + 1)           # questions, and where their part of the text begins
+    places = np.arange(0, end - 1, 2)
+    if min(pairs, asks, hops) < 1 or pairs * hops > min(KEYS, len(places)):
+        raise UserError(f"{n} questions (asks={asks}) and {pairs} needles of {hops} hops do not fit into {KEYS} keys and "
+                        f"{T} tokens")
+    shuffle = lambda a: rng.permuted(np.tile(a, (B, 1)), axis=1)
+    draw = lambda a: shuffle(a)[:, :pairs * hops].reshape(B, pairs, hops)
+    keys, places, rows = NOISE + VALUES + draw(np.arange(KEYS)), draw(places), np.arange(B)[:, None]
+    chain = np.concatenate([keys, NOISE + rng.integers(VALUES, size=(B, pairs, 1))], 2)     # key, ..., key, value
+    x, which, ask = (rng.integers(NOISE, size=(B, T)) if os.environ.get("NOISEONLY") else filler(rng, B, T)), shuffle(np.arange(n) % pairs), T - 1 - np.arange(n) * (notice + 1)
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    x[rows[..., None], places], x[rows[..., None], places + 1] = chain[..., :-1], chain[..., 1:]
-    x[rows, asks] = x[rows, asks - notice] = chain[..., 0]
-    y[rows, asks], at[rows, asks] = chain[..., -1], asks - places[..., -1]
+    if os.environ.get("MIX"):
+        count = rng.integers(1, pairs + 1, size=(B, 1)); which = (rng.random((B, n)) * count).astype(int)
+        used = (np.arange(pairs) < count)[..., None]
+    else: used = np.ones((B,pairs,1),bool)
+    R = rows[..., None]
+    x[R, places], x[R, places + 1] = np.where(used, chain[..., :-1], x[R, places]), np.where(used, chain[..., 1:], x[R, places + 1])
+    x[:, ask] = x[:, ask - notice] = keys[rows, which, 0]
+    y[:, ask], at[:, ask] = chain[rows, which, -1], ask - places[rows, which, -1]
     return x, y, at
 
 
 STREAMS = {"recall": recall, "needle": needle}
 
 
+def stream_of(text):
+    """The generator of a stream and its knobs, written as in needle:pairs=8:notice=16. Raises UserError."""
+    name, *typed = text.split(":")
+    if name not in STREAMS:
+        raise UserError(f"no stream is called {name}: {nearest(name, list(STREAMS))}")
+    known, knobs = list(inspect.signature(STREAMS[name]).parameters)[3:], {}     # behind rng, B and T
+    for knob, _, value in (word.partition("=") for word in typed):
+        if knob not in known:
+            raise UserError(f"{name} has no knob {knob}: {nearest(knob, known)}")
+        if not value.isdigit():
+            raise UserError(f"{name}'s knob {knob} needs a whole number: {knob}=1, for example")
+        knobs[knob] = int(value)
+    return STREAMS[name], knobs
+
+
 class Synthetic:
-    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone. The name may
-    bring knobs, as in needle:pairs=8:notice=16."""
+    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone."""
 
     def __init__(self, name, rows, T, seed=0, **knobs):
-        name, *typed = name.split(":")
-        knobs = {**{k: int(v) for k, v in (knob.split("=") for knob in typed)}, **knobs}
-        self.make, self.B, self.T, self.seed, self.knobs, self.i = STREAMS[name], rows, T, seed, knobs, 0
+        self.make, typed = stream_of(name)
+        self.B, self.T, self.seed, self.knobs, self.i = rows, T, seed, {**typed, **knobs}, 0
 
     def next(self):
         x, y, at = self.make(np.random.default_rng((self.seed, self.i)), self.B, self.T, **self.knobs)

@@ -91,13 +91,17 @@ class GCA(GPT):
 
     def __init__(self, c):
         super().__init__(c)
-        self.landmark = nn.Parameter(torch.randn(c.width))
+        import os
+        self.landmark = nn.Parameter(float(os.environ.get('LM', 1)) * torch.randn(c.width))
         self.encoder = Block(c)
         self.kv = nn.Linear(c.width, 2 * c.width, bias=False)
         self.gain = nn.Parameter(torch.ones(c.groups, c.width))
         self.cross = nn.ModuleList(CrossAttention(c) for _ in range(c.layers - c.lower))
         for module in (self.encoder, self.kv, self.cross):
             module.apply(self.init)
+        import os
+        if os.environ.get("MLP"):
+            for block in self.blocks[c.lower:]: nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
@@ -130,7 +134,7 @@ class GCA(GPT):
         rows = lambda x: x.unflatten(1, (n, -1))
         P, R = cache["near"][0][0].size(2), n * x.size(2)
         first = (P - c.W) // c.U                                               # x begins in this chunk of the segment
-        turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.band(cache["n"], P, R, n)
+        turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.band(cache["n"], P, R)
         x, near, asked, found = x.flatten(1, 2), [], [], dict(cache["found"])
         for block, past in zip(self.blocks[:c.lower], cache["near"]):
             x, own = block(x, turn, past, mask)
@@ -153,19 +157,24 @@ class GCA(GPT):
             near.append(own)
             x = x + y
             y = cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
+            import os
+            if os.environ.get("RES"):
+                x = x + y
+                x = x + block.mlp(norm(x))
+                continue
             x = x + block.mlp(norm(x + y))                                     # the residual stream goes past y
         cache.update(near=near, picks=[f[2] for f in found.values()], found={} if full else found)
         if full:
             cache["ask"] = torch.stack(asked, 1).to(cache["ask"].dtype)
         return norm(rows(x)[:, :, :u].flatten(1, 2)), cache
 
-    def band(self, n, P, R, parts):
+    def band(self, n, P, R):
         """Which rows each of R rows may see behind P others, for attention in blocks (B, blocks, 1, A, W+A): itself and
-        the W before it, as far as there are any. A block has as many chunks as the window, or fewer."""
+        the W before it, as far as there are any."""
         c = self.c
         if not c.W:
             return None
-        A = R // parts * max(d for d in range(1, parts + 1) if parts % d == 0 and d * R <= max(c.W * parts, R))
+        A = max(d for d in range(1, min(R, max(c.W, c.U)) + 1) if R % d == 0)              # blocks of a window or less
         i, j = torch.arange(A, device=n.device)[:, None], torch.arange(c.W + A, device=n.device)
         start = torch.arange(P - c.W, P - c.W + R, A, device=n.device)[:, None]            # (blocks, 1)
         real = start + j >= c.W - n[:, None, None] * c.U                                   # (B, blocks, W+A)

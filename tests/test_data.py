@@ -210,13 +210,33 @@ def test_the_answer_stands_where_the_distance_says(name):
     assert not data.Synthetic(name, 16, 128, seed=2).next().x.equal(batch.x)
 
 
-def test_a_needle_lies_at_the_distance_asked_for():
-    assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
-    for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
-                      (lambda: data.Synthetic("recall", 4, 64, pairs=17), "17 pairs that are asked for"),
-                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times")]:
+@pytest.mark.parametrize("pairs, asks, hops, notice", [(1, 1, 1, 0), (3, 2, 1, 0), (4, 3, 1, 8), (2, 2, 3, 16)])
+def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
+    """From every question: find its key in the text, go on with what stands behind it, and so on to the value."""
+    name = f"needle:pairs={pairs}:asks={asks}:hops={hops}:notice={notice}"
+    batch, many, T = data.Synthetic(name, 8, 256).next(), pairs * asks, 256
+    assert batch.y[:, -1].min() >= 0 and ((batch.y >= 0).sum(1) == many).all()
+    for x, y, at in zip(batch.x, batch.y, batch.at):
+        ask, end = (y >= 0).nonzero()[:, 0].tolist(), T - many * (notice + 1)
+        assert sorted(x[ask].bincount()[-data.KEYS:].tolist())[-pairs:] == [asks] * pairs
+        for t in ask:
+            assert x[t - notice] == x[t]
+            key = x[t]
+            for hop in range(hops):
+                place = [i for i in range(0, end, 2) if x[i] == key][0]
+                assert hop or [i for i in range(end) if x[i] == key] == [place]
+                key = x[place + 1]
+            assert key == y[t] and place == t - at[t]
+
+
+def test_streams_that_do_not_fit_are_refused():
+    for name, T, why in [("needle", 2, "1 needles of 1 hops do not fit into 16 keys and 2 tokens"),
+                         ("needle:pairs=9:hops=2", 256, "9 needles of 2 hops"), ("needle:asks=0", 64, "asks=0"),
+                         ("needle:gap=3", 64, "needle has no knob gap"), ("recall:pairs=17", 64, "17 pairs that are"),
+                         ("needle:pairs", 64, "needle's knob pairs needs a whole number"), ("recall", 8, "asked for 0 times"),
+                         ("needles", 64, "did you mean needle")]:
         with pytest.raises(UserError, match=why):
-            make().next()
+            data.Synthetic(name, 4, T).next()
 
 
 def test_a_single_book_holds_out_its_own_end():
