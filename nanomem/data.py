@@ -342,28 +342,23 @@ def recall(rng, B, T, pairs=2, asks=0):
 
 
 def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
-    """Keys with their values (needles) somewhere in filler; at the end each key comes back `asks` times, in any order,
-    and asks for its value. With more hops, a key is followed by another key, which stands elsewhere, and only the last
-    one by the value. A question can be announced: then its key also stands `notice` tokens before it."""
-    n, end = pairs * asks, T - pairs * asks * (notice + 1)           # questions, and where their part of the text begins
-    places = np.arange(0, end - 1, 2)
-    if min(pairs, asks, hops) < 1 or pairs * hops > min(KEYS, len(places)):
-        raise UserError(f"{n} questions (asks={asks}) and {pairs} needles of {hops} hops do not fit into {KEYS} keys and "
+    """Keys with their values (needles) in a haystack of noise; each key comes back `asks` times and asks for its value.
+    All places are drawn uniformly. With more hops, a key is followed by another key, which stands elsewhere, and only
+    the last one by the value. A question can be announced: then its key also stands `notice` tokens before it."""
+    unit, many = notice + 2, pairs * (hops + asks)                   # tokens that a needle or a question takes
+    if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or many > T // unit:
+        raise UserError(f"{pairs} needles (hops={hops}) that are asked for {asks} times do not fit into {KEYS} keys and "
                         f"{T} tokens")
-    shuffle = lambda a: rng.permuted(np.tile(a, (B, 1)), axis=1)
-    draw = lambda a: shuffle(a)[:, :pairs * hops].reshape(B, pairs, hops)
-    keys, places, rows = NOISE + VALUES + draw(np.arange(KEYS)), draw(places), np.arange(B)[:, None]
-    chain = np.concatenate([keys, NOISE + rng.integers(VALUES, size=(B, pairs, 1))], 2)     # key, ..., key, value
-    x, which, ask = (rng.integers(NOISE, size=(B, T)) if os.environ.get("NOISEONLY") else filler(rng, B, T)), shuffle(np.arange(n) % pairs), T - 1 - np.arange(n) * (notice + 1)
+    deal = lambda n, *shape: rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :np.prod(shape)].reshape(B, *shape)
+    starts = unit * np.sort(deal(T // unit, pairs, hops + asks))     # of each pair, in order
+    places, ask = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops)), starts[..., hops:] + unit - 1
+    value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
+    chain = np.concatenate([NOISE + VALUES + deal(KEYS, pairs, hops), value], 2)           # key, ..., key, value
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    if os.environ.get("MIX"):
-        count = rng.integers(1, pairs + 1, size=(B, 1)); which = (rng.random((B, n)) * count).astype(int)
-        used = (np.arange(pairs) < count)[..., None]
-    else: used = np.ones((B,pairs,1),bool)
-    R = rows[..., None]
-    x[R, places], x[R, places + 1] = np.where(used, chain[..., :-1], x[R, places]), np.where(used, chain[..., 1:], x[R, places + 1])
-    x[:, ask] = x[:, ask - notice] = keys[rows, which, 0]
-    y[:, ask], at[:, ask] = chain[rows, which, -1], ask - places[rows, which, -1]
+    x[rows, places], x[rows, places + 1] = chain[..., :-1], chain[..., 1:]
+    x[rows, ask] = x[rows, ask - notice] = chain[..., :1]
+    y[rows, ask], at[rows, ask] = value, ask - places[..., -1:]
     return x, y, at
 
 

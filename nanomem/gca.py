@@ -18,6 +18,7 @@ class Config(gpt.Config):
     bank: int = -1               # M, chunks that are kept, the newest; -1 keeps eight segments
     retrieval: str = "learned"   # which chunks: learned, random or recent
     sink: bool = False           # a row may turn away from a chunk: each softmax has one more place, that says nothing
+    bypass: bool = True          # what is read goes into the MLP only, not into the residual stream
     host: bool = False           # the bank lies in the memory of the CPU, wherever the model is
 
     m = property(lambda c: c.chunk if c.chunk > 0 else max(d for d in range(1, min(64, max(1, c.seg // 4)) + 1)
@@ -91,17 +92,15 @@ class GCA(GPT):
 
     def __init__(self, c):
         super().__init__(c)
-        import os
-        self.landmark = nn.Parameter(float(os.environ.get('LM', 1)) * torch.randn(c.width))
+        self.landmark = nn.Parameter(torch.randn(c.width))
         self.encoder = Block(c)
         self.kv = nn.Linear(c.width, 2 * c.width, bias=False)
         self.gain = nn.Parameter(torch.ones(c.groups, c.width))
         self.cross = nn.ModuleList(CrossAttention(c) for _ in range(c.layers - c.lower))
         for module in (self.encoder, self.kv, self.cross):
             module.apply(self.init)
-        import os
-        if os.environ.get("MLP"):
-            for block in self.blocks[c.lower:]: nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
+        for block in self.blocks[c.lower:]:                                    # what was retrieved is read through these
+            nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
@@ -123,7 +122,7 @@ class GCA(GPT):
             x, cache = self.chunks(self.embed(tokens[:, :T]).unflatten(1, (max(1, T // m), -1)), cache)
             logits.append(self.head(x))
             tokens = tokens[:, T:]
-        return torch.cat(logits, 1), cache
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1), cache
 
     def chunks(self, x, cache):
         """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> last hidden states (B, n u, C)."""
@@ -133,36 +132,31 @@ class GCA(GPT):
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
         rows = lambda x: x.unflatten(1, (n, -1))
         P, R = cache["near"][0][0].size(2), n * x.size(2)
-        first = (P - c.W) // c.U                                               # x begins in this chunk of the segment
+        first = (P - c.W) // c.U                                               # chunks of this segment before x
         turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.band(cache["n"], P, R)
         x, near, asked, found = x.flatten(1, 2), [], [], dict(cache["found"])
         for block, past in zip(self.blocks[:c.lower], cache["near"]):
-            x, own = block(x, turn, past, mask)
-            near.append(own)
+            x, kv = block(x, turn, past, mask)
+            near.append(kv)
         if c.topk:
             cache["open"] = torch.cat([cache["open"].expand(-1, n, -1, -1), rows(x)], 2)
         if full:
-            self.join(cache, first)
+            cache.update(self.join(cache["open"], first, cache), open=cache["open"][:, :1, :0])
         for l, (block, cross, past) in enumerate(zip(self.blocks[c.lower:], self.cross, cache["near"][c.lower:])):
-            g, begun = divmod(l * c.groups, c.layers - c.lower)
-            if not begun:                                                      # a group of layers begins: eq.
+            g, later = divmod(l * c.groups, c.layers - c.lower)
+            if not later:                                                      # a group of layers begins
                 ask = cache["ask"][:, g:g + 1]
                 if full:
                     q = norm(rows(x)[:, :, -1]) * self.gain[g]                 # (B, n, C)
-                    ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asked, chunk t+1 reads
+                    ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asks, chunk t+1 reads
                     asked.append(q[:, -1])
                 if g not in found:
                     found[g] = self.find(ask, first, cache, g)
-            y, own = block.attention(norm(x), turn, past, mask)
-            near.append(own)
+            y, kv = block.attention(norm(x), turn, past, mask)
+            near.append(kv)
             x = x + y
-            y = cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
-            import os
-            if os.environ.get("RES"):
-                x = x + y
-                x = x + block.mlp(norm(x))
-                continue
-            x = x + block.mlp(norm(x + y))                                     # the residual stream goes past y
+            u_ = x + cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
+            x = (x if c.bypass else u_) + block.mlp(norm(u_))
         cache.update(near=near, picks=[f[2] for f in found.values()], found={} if full else found)
         if full:
             cache["ask"] = torch.stack(asked, 1).to(cache["ask"].dtype)
@@ -174,28 +168,27 @@ class GCA(GPT):
         c = self.c
         if not c.W:
             return None
-        A = max(d for d in range(1, min(R, max(c.W, c.U)) + 1) if R % d == 0)              # blocks of a window or less
+        A = max(d for d in range(1, min(R, max(c.W // 2, c.U)) + 1) if R % d == 0)              # blocks of a window or less
         i, j = torch.arange(A, device=n.device)[:, None], torch.arange(c.W + A, device=n.device)
         start = torch.arange(P - c.W, P - c.W + R, A, device=n.device)[:, None]            # (blocks, 1)
         real = start + j >= c.W - n[:, None, None] * c.U                                   # (B, blocks, W+A)
         return (j >= i) & (j <= i + c.W) & real[:, :, None, None]
 
-    def join(self, cache, first):
-        """Chunks that are full, all rows of them in the cache, are encoded and join the bank."""
-        c, h = self.c, cache["open"]                                                       # (B, n, U, C)
-        B, n = h.shape[:2]
+    def join(self, h, first, cache):
+        """Full chunks, all rows of them h (B, n, U, C), are encoded: the bank with them in it."""
+        c, (B, n, _, _) = self.c, h.shape
         turn = angles(torch.arange(c.U, device=h.device), c.head_dim)
         everything = torch.ones(c.U, c.U, dtype=torch.bool, device=h.device)
         z = norm(self.encoder(norm(h.flatten(0, 1)), turn, mask=everything)[0]).unflatten(0, (B, n))
         kv = self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)            # (B, n, H, m, 2D)
         place = (cache["n"][:, None] + torch.arange(first, first + n, device=h.device)) % c.M
+        joined = dict(key=cache["key"], bank=cache["bank"])
         for name, new in dict(key=z[:, :, c.m], bank=kv).items():
-            old = cache[name]
             if self.training or torch.is_grad_enabled():
-                old = old.clone()
-            old[torch.arange(B, device=old.device)[:, None], place.to(old.device)] = new.to(old)
-            cache[name] = old
-        cache["open"] = h[:, :1, :0]
+                joined[name] = joined[name].clone()
+            at = joined[name].device
+            joined[name][torch.arange(B, device=at)[:, None], place.to(at)] = new.to(joined[name])
+        return joined
 
     def find(self, ask, first, cache, g):
         """What ask (B, n, C), the questions of the chunks before chunks first, first+1, ... of this segment, finds: keys

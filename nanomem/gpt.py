@@ -57,8 +57,9 @@ def attend(q, k, v, mask=None):
     T, P = q.size(2), k.size(2) - q.size(2)
     if mask is not None and mask.ndim == 5:
         n, A, near = mask.size(1), mask.size(3), mask.size(4)
+        i = P + A - near + A * torch.arange(n, device=q.device)[:, None] + torch.arange(near, device=q.device)
         q = q.unflatten(2, (n, A)).transpose(1, 2).flatten(0, 1)                            # (B n, H, A, D)
-        k, v = (x[:, :, P + A - near:].unfold(2, near, A).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
+        k, v = (x.index_select(2, i.flatten()).unflatten(2, i.shape).transpose(1, 2).flatten(0, 1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1))
         return y.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
     if mask is None and P > 0 and T > 1:

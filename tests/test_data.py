@@ -213,27 +213,25 @@ def test_the_answer_stands_where_the_distance_says(name):
 @pytest.mark.parametrize("pairs, asks, hops, notice", [(1, 1, 1, 0), (3, 2, 1, 0), (4, 3, 1, 8), (2, 2, 3, 16)])
 def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
     """From every question: find its key in the text, go on with what stands behind it, and so on to the value."""
-    name = f"needle:pairs={pairs}:asks={asks}:hops={hops}:notice={notice}"
-    batch, many, T = data.Synthetic(name, 8, 256).next(), pairs * asks, 256
-    assert batch.y[:, -1].min() >= 0 and ((batch.y >= 0).sum(1) == many).all()
+    batch = data.Synthetic(f"needle:pairs={pairs}:asks={asks}:hops={hops}:notice={notice}", 8, 256).next()
     for x, y, at in zip(batch.x, batch.y, batch.at):
-        ask, end = (y >= 0).nonzero()[:, 0].tolist(), T - many * (notice + 1)
-        assert sorted(x[ask].bincount()[-data.KEYS:].tolist())[-pairs:] == [asks] * pairs
-        for t in ask:
+        questions = (y >= 0).nonzero()[:, 0].tolist()
+        assert sorted(x[questions].bincount()[-data.KEYS:].tolist())[-pairs:] == [asks] * pairs
+        assert (x >= data.NOISE).sum() == pairs * (2 * hops + asks * (1 + (notice > 0))), "values and keys only there"
+        for t in questions:
             assert x[t - notice] == x[t]
             key = x[t]
             for hop in range(hops):
-                place = [i for i in range(0, end, 2) if x[i] == key][0]
-                assert hop or [i for i in range(end) if x[i] == key] == [place]
+                place = (x == key).nonzero()[min(hop, 1), 0].item()   # one that was led to stood there first
                 key = x[place + 1]
             assert key == y[t] and place == t - at[t]
 
 
 def test_streams_that_do_not_fit_are_refused():
-    for name, T, why in [("needle", 2, "1 needles of 1 hops do not fit into 16 keys and 2 tokens"),
-                         ("needle:pairs=9:hops=2", 256, "9 needles of 2 hops"), ("needle:asks=0", 64, "asks=0"),
+    for name, T, why in [("needle", 2, r"1 needles \(hops=1\) that are asked for 1 times do not fit into 16 keys and 2 tokens"),
+                         ("needle:pairs=9:hops=2", 256, r"9 needles \(hops=2\)"), ("needle:asks=0", 64, "asked for 0 times"),
                          ("needle:gap=3", 64, "needle has no knob gap"), ("recall:pairs=17", 64, "17 pairs that are"),
-                         ("needle:pairs", 64, "needle's knob pairs needs a whole number"), ("recall", 8, "asked for 0 times"),
+                         ("needle:pairs", 64, "needle's knob pairs needs a whole number"), ("recall", 8, "2 pairs that are asked for 0 times"),
                          ("needles", 64, "did you mean needle")]:
         with pytest.raises(UserError, match=why):
             data.Synthetic(name, 4, T).next()
