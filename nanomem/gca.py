@@ -11,82 +11,82 @@ from .gpt import GPT, Block, angles, norm, rotate
 
 @dataclass
 class Config(gpt.Config):
-    chunk: int = -1              # m, tokens in a chunk; -1 takes 64 or, of a short segment, up to a quarter
-    topk: int = 4                # k, chunks that each chunk reads again; 0 is no memory but the window
-    groups: int = 1              # G, retrievals on the way up, each of which sees what the one before has found
-    window: int = -4             # W, rows before itself that a row attends to; -n: n chunks; 0: its segment, no more
+    chunk: int = -1              # m, tokens in a chunk; -1 takes up to 64, and no more than a quarter of a segment
+    topk: int = 4                # k, chunks that each chunk reads again; 0 leaves only the window
+    groups: int = 1              # G, retrievals on the way up, each of which knows what the one before has found
+    window: int = -4             # W, rows before itself that a row attends to; -n: n chunks; 0: its whole segment
     bank: int = -1               # M, chunks that are kept, the newest; -1 keeps eight segments
-    retrieval: str = "learned"   # which chunks: learned, random or recent
-    sink: bool = False           # a row may turn away from a chunk: each softmax has one more place, that says nothing
-    bypass: bool = True          # what is read goes into the MLP only, not into the residual stream
+    retrieval: str = "learned"   # how the k are chosen: learned, random or recent
+    bypass: bool = True          # what was read goes into the MLP only, not into the residual stream
+    sink: bool = False           # a row may turn away from a chunk: one more key in it, which says nothing
     host: bool = False           # the bank lies in the memory of the CPU, wherever the model is
 
-    m = property(lambda c: c.chunk if c.chunk > 0 else max(d for d in range(1, min(64, max(1, c.seg // 4)) + 1)
-                                                           if c.seg % d == 0))
-    U = property(lambda c: c.m + (c.topk > 0))                              # rows of a chunk, the landmark is the last
+    m = property(lambda c: c.chunk if c.chunk > 0 else
+                 max(d for d in range(1, max(1, min(64, c.seg // 4)) + 1) if c.seg % d == 0))
+    U = property(lambda c: c.m + (c.topk > 0))                             # rows of a chunk: its tokens and a landmark
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.U)
     M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * (c.seg // c.m)))
-    lower = property(lambda c: c.layers // 2 if c.topk else c.layers)       # layers that do not read the bank
+    lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not read the bank
 
     def __post_init__(self):
         super().__post_init__()
         assert self.chunk > 0 or self.chunk == -1, f"chunk counts tokens, got {self.chunk}"
         assert self.seg % self.m == 0, f"a segment of {self.seg} tokens is no whole number of chunks of {self.m}"
         assert self.topk >= 0, f"topk counts chunks, got {self.topk}"
-        n = self.seg // self.m
+        n, upper = self.seg // self.m, self.layers - self.lower
         assert not self.topk or self.M >= max(n, self.topk), \
             f"a bank of {self.M} chunks cannot hold the {n} of a segment and the {self.topk} that are read"
-        upper = self.layers - self.lower
         assert self.groups > 0 and upper % self.groups == 0, f"{upper} upper layers are not {self.groups} equal groups"
         assert self.retrieval in ("learned", "random", "recent"), \
             f"retrieval is learned, random or recent, got {self.retrieval}"
 
 
 def gumbel(i, e):
-    """Gumbel noise that two whole numbers decide, so that whoever goes the same way again meets the same noise."""
+    """Gumbel noise that two whole numbers decide: who goes the same way again, in replay, meets the same noise."""
     x = (i * 73_856_093) ^ (e * 19_349_663)
     for _ in range(2):
-        x = ((x ^ x >> 15) * 0x2C1B3C6D) & 0x7FFFFFFF
+        x = (x ^ x >> 15) * 0x2C1B3C6D & 0x7FFFFFFF
     return -((x >> 8) + 0.5).div(2 ** 23).log().neg().log()
 
 
 class CrossAttention(nn.Module):
-    """Every row attends to each of k chunks by itself, one softmax a chunk, and w mixes the k answers."""
+    """Every row attends to each of k chunks by itself, with one softmax a chunk, and w mixes the k answers."""
 
     def __init__(self, c):
         super().__init__()
-        self.c = c
+        self.sink = c.sink
         self.q = nn.Linear(c.width, c.width, bias=False)
         self.out = nn.Linear(c.width, c.width, bias=False)
 
     def forward(self, x, kv, w):
-        """Rows x (B, n, u, C) of n chunks; their k chunks kv (B, n, k, H, m, 2D) with weights w (B, n, k)."""
-        B, n, u, C = x.shape
+        """Rows x (B, n, u, C) of n chunks; each reads k chunks, kv (B, n, k, H, m, 2D), with weights w (B, n, k)."""
+        B, n, u, _ = x.shape
         k, H = kv.shape[2:4]
-        if self.c.sink:
+        if self.sink:
             kv = F.pad(kv, (0, 0, 0, 1))                                       # a key and a value of zeros
-        q = self.q(x).view(B, n, 1, u, H, -1).transpose(3, 4)                  # (B, n, 1, H, u, D)
-        key, v = kv.type_as(q).flatten(2, 3).flatten(0, 1).chunk(2, -1)        # (B n, k H, m, D) both
-        q = q.expand(-1, -1, k, -1, -1, -1).flatten(2, 3).flatten(0, 1)        # (B n, k H, u, D)
-        o = F.scaled_dot_product_attention(q, key, v).view(B, n, k, H, u, -1)
+        q = self.q(x).view(B, n, 1, u, H, -1).transpose(3, 4).expand(-1, -1, k, -1, -1, -1)
+        q, kv = (t.flatten(2, 3).flatten(0, 1) for t in (q, kv.type_as(q)))    # (B n, k H, u, D), (B n, k H, m, 2D)
+        o = F.scaled_dot_product_attention(q, *kv.chunk(2, -1)).view(B, n, k, H, u, -1)
         y = torch.einsum("bnk,bnkhud->bnuhd", w.type_as(o), o)
         return self.out(y.flatten(3))                                          # (B, n, u, C)
 
 
 class GCA(GPT):
-    """The text is cut into chunks of m tokens, and a landmark row closes each. Half of the layers see a window; what
-    they make of a chunk is encoded once, to a key (at the landmark) and to keys and values (at its tokens), and joins a
-    bank. Before the upper layers each chunk asks the bank with its landmark, and the next chunk reads the k best.
+    """Text in chunks of m tokens, each closed by a landmark row, all chunks of a segment at once. The lower layers see a
+    window. What they make of a chunk is encoded, once, to a key (at its landmark) and to keys and values (at its
+    tokens), and joins the bank. In the upper layers a landmark asks the bank, and the chunk after it reads what is found.
 
-    state    key (B, M, C) and bank (B, M, H, m, 2D): chunk i lies in place i mod M   n (B,) chunks so far
-             ask (B, G, C) what the last chunk asked for   near (B, L, 2, H, W, D) keys and values of the window
-    read     w = softmax of the k best <ask, key> / sqrt(C); each row attends to each of the k chunks by itself and mixes
-             the answers with w, which is how the loss on the next token teaches the choice
-    write    a chunk joins the bank when it is full, in the place of the oldest. In eval mode under no_grad the bank is
-             changed in place, so that a million tokens are read without copying it; the state that was passed in then
-             holds the new chunks too, in places that it does not look at (unless it was full)
-    paper    Grouped Cross-Attention 2410.01651
-    departs  our backbone (RoPE for ALiBi); one encoder layer; Gumbel noise is a function of the two chunks' places
+    state    key (B, M, C) and bank (B, M, H, m, 2D), chunk i in place i mod M   n (B,) chunks so far   ask (B, G, C)
+             the question of the last landmark   near (B, L, 2, H, W, D) keys and values of the window
+    read     scores s = <ask, key> / sqrt(C), w = softmax over the k best; every row attends to each of the k chunks by
+             itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
+    write    a full chunk takes the place of the oldest. In eval mode under no_grad this happens in place, so that a
+             million tokens are read without a copy of the bank: the state that was passed in then holds the new chunks
+             as well, where it does not look (if its bank was full: instead of the oldest)
+    paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
+    departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
+             all reading goes, do not start at zero; the Gumbel noise that explores in training is a function of the two
+             chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
     """
     Config = Config
 
@@ -99,17 +99,18 @@ class GCA(GPT):
         self.cross = nn.ModuleList(CrossAttention(c) for _ in range(c.layers - c.lower))
         for module in (self.encoder, self.kv, self.cross):
             module.apply(self.init)
-        for block in self.blocks[c.lower:]:                                    # what was retrieved is read through these
+        for block in self.blocks[c.lower:]:
             nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
-        zeros = lambda *shape, **k: like.new_zeros(B, *shape, **{"dtype": torch.float32, **k})
-        return dict(key=zeros(c.M, c.width), ask=zeros(c.groups, c.width), n=zeros(dtype=torch.long),
-                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, **(dict(device="cpu") if c.host else {})),
+        zeros = lambda *shape, at=like.device: torch.zeros(B, *shape, device=at)
+        return dict(key=zeros(c.M, c.width), ask=zeros(c.groups, c.width), n=zeros().long(),
+                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, at="cpu" if c.host else like.device),
                     near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))
 
     def read(self, state):
+        """Beside the state: the open chunk as the lower layers left it, and what was found for it, once it has begun."""
         near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W, D)
         return dict(state, near=near, open=state["ask"].new_zeros(len(state["n"]), 1, 0, self.c.width), found={})
 
@@ -130,7 +131,7 @@ class GCA(GPT):
         full = c.topk > 0 and cache["open"].size(2) + u == c.m
         if full:
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
-        rows = lambda x: x.unflatten(1, (n, -1))
+        rows = lambda x: x.unflatten(1, (n, -1))                               # (B, n (u+1), C) -> (B, n, u+1, C)
         P, R = cache["near"][0][0].size(2), n * x.size(2)
         first = (P - c.W) // c.U                                               # chunks of this segment before x
         turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.band(cache["n"], P, R)
@@ -143,43 +144,42 @@ class GCA(GPT):
         if full:
             cache.update(self.join(cache["open"], first, cache), open=cache["open"][:, :1, :0])
         for l, (block, cross, past) in enumerate(zip(self.blocks[c.lower:], self.cross, cache["near"][c.lower:])):
-            g, later = divmod(l * c.groups, c.layers - c.lower)
-            if not later:                                                      # a group of layers begins
+            g, inside = divmod(l * c.groups, c.layers - c.lower)
+            if not inside:                                                     # group g of layers begins
                 ask = cache["ask"][:, g:g + 1]
                 if full:
-                    q = norm(rows(x)[:, :, -1]) * self.gain[g]                 # (B, n, C)
+                    q = norm(rows(x)[:, :, -1]) * self.gain[g]                 # (B, n, C) of the landmarks
                     ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asks, chunk t+1 reads
                     asked.append(q[:, -1])
                 if g not in found:
-                    found[g] = self.find(ask, first, cache, g)
+                    found[g] = self.find(ask, first, g, cache)
             y, kv = block.attention(norm(x), turn, past, mask)
             near.append(kv)
             x = x + y
-            u_ = x + cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
-            x = (x if c.bypass else u_) + block.mlp(norm(u_))
-        cache.update(near=near, picks=[f[2] for f in found.values()], found={} if full else found)
+            heard = x + cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
+            x = (x if c.bypass else heard) + block.mlp(norm(heard))
         if full:
             cache["ask"] = torch.stack(asked, 1).to(cache["ask"].dtype)
+        cache.update(near=near, found={} if full else found, picks=[picks for _, _, picks in found.values()])
         return norm(rows(x)[:, :, :u].flatten(1, 2)), cache
 
     def band(self, n, P, R):
-        """Which rows each of R rows may see behind P others, for attention in blocks (B, blocks, 1, A, W+A): itself and
-        the W before it, as far as there are any."""
+        """What each of R rows behind P others may see, for attention in blocks: itself and the W rows before it."""
         c = self.c
         if not c.W:
             return None
-        A = max(d for d in range(1, min(R, max(c.W // 2, c.U)) + 1) if R % d == 0)              # blocks of a window or less
+        A = max(d for d in range(1, min(R, max(c.W // 2, c.U)) + 1) if R % d == 0)         # rows of a block
         i, j = torch.arange(A, device=n.device)[:, None], torch.arange(c.W + A, device=n.device)
-        start = torch.arange(P - c.W, P - c.W + R, A, device=n.device)[:, None]            # (blocks, 1)
-        real = start + j >= c.W - n[:, None, None] * c.U                                   # (B, blocks, W+A)
-        return (j >= i) & (j <= i + c.W) & real[:, :, None, None]
+        row = P - c.W + torch.arange(0, R, A, device=n.device)[:, None] + j                # (blocks, W+A)
+        real = row >= c.W - n[:, None, None] * c.U                                         # (B, blocks, W+A)
+        return (j >= i) & (j <= i + c.W) & real[:, :, None, None]                          # (B, blocks, 1, A, W+A)
 
     def join(self, h, first, cache):
-        """Full chunks, all rows of them h (B, n, U, C), are encoded: the bank with them in it."""
+        """Full chunks, all rows of them h (B, n, U, C), are encoded: key and bank with them in it."""
         c, (B, n, _, _) = self.c, h.shape
         turn = angles(torch.arange(c.U, device=h.device), c.head_dim)
-        everything = torch.ones(c.U, c.U, dtype=torch.bool, device=h.device)
-        z = norm(self.encoder(norm(h.flatten(0, 1)), turn, mask=everything)[0]).unflatten(0, (B, n))
+        all_see_all = torch.ones(c.U, c.U, dtype=torch.bool, device=h.device)
+        z = norm(self.encoder(norm(h.flatten(0, 1)), turn, mask=all_see_all)[0]).unflatten(0, (B, n))
         kv = self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)            # (B, n, H, m, 2D)
         place = (cache["n"][:, None] + torch.arange(first, first + n, device=h.device)) % c.M
         joined = dict(key=cache["key"], bank=cache["bank"])
@@ -190,28 +190,27 @@ class GCA(GPT):
             joined[name][torch.arange(B, device=at)[:, None], place.to(at)] = new.to(joined[name])
         return joined
 
-    def find(self, ask, first, cache, g):
-        """What ask (B, n, C), the questions of the chunks before chunks first, first+1, ... of this segment, finds: keys
-        and values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers."""
-        c, (B, n, C), M = self.c, ask.shape, self.c.M
-        t = cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device)   # (B, n) who asks
-        last = (cache["n"] + c.seg // c.m - 1)[:, None]                        # (B, 1) last chunk of this segment
-        e = last - (last - torch.arange(M, device=ask.device)) % M             # (B, M) whose place it is by then
-        seen = (e >= 0)[:, None] & (e[:, None] < t[..., None])                 # (B, n, M)
-        with torch.autocast(ask.device.type, enabled=False):
-            s = ask.to(cache["key"].dtype) @ cache["key"].mT / C ** 0.5 * (c.retrieval == "learned")
-        rank = s
-        if c.retrieval == "random" or c.retrieval == "learned" and self.training:
-            rank = s + gumbel(t[..., None] * c.groups + g, e[:, None])
-        if c.retrieval == "recent":
-            rank = s + e[:, None]
-        top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1).indices     # (B, n, k)
-        valid = seen.gather(2, top)
-        w = s.gather(2, top).masked_fill(~valid, torch.finfo(s.dtype).min).softmax(-1) * valid
-        place = (top + M * torch.arange(B, device=top.device)[:, None, None]).to(cache["bank"].device)
-        kv = F.embedding(place, cache["bank"].flatten(0, 1).flatten(1)).to(ask.device)
-        picks = e[:, None].expand(-1, n, -1).gather(2, top).masked_fill(~valid, -1)
-        return kv.unflatten(3, (c.heads, c.m, -1)), w, picks
+    def find(self, ask, first, g, cache):
+        """For chunks first, first+1, ... of this segment, what their predecessors asked for, ask (B, n, C): keys and
+        values of k chunks (B, n, k, H, m, 2D), weights (B, n, k), and the chunks' numbers, -1 for none (B, n, k)."""
+        c, (B, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
+        t = (cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device))[..., None]   # who asks
+        last = cache["n"][:, None] + c.seg // c.m - 1                          # the last chunk of this segment
+        e = last - (last - torch.arange(c.M, device=ask.device)) % c.M         # (B, M) whose place it is by then
+        e = e.where(e >= 0, last)[:, None]                                     # an empty place is nobody's past
+        learned = c.retrieval == "learned"
+        with torch.autocast(ask.device.type, enabled=False):                   # close scores must not swap ranks
+            s = ask.to(key.dtype) * (learned / C ** 0.5) @ key.mT              # (B, n, M)
+        rank = s + e if c.retrieval == "recent" else s
+        if c.retrieval == "random" or learned and self.training:
+            rank = s + gumbel(t * c.groups + g, e)
+        top = rank.masked_fill(e >= t, -torch.inf).topk(c.topk, -1).indices    # (B, n, k)
+        picks = e.expand(-1, n, -1).gather(2, top)
+        real = picks < t
+        w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
+        place = (top + c.M * torch.arange(B, device=top.device)[:, None, None]).to(bank.device)
+        kv = F.embedding(place, bank.flatten(0, 1).flatten(1)).to(ask.device)
+        return kv.unflatten(3, bank.shape[2:]), w, picks.where(real, -1)
 
     def write(self, cache, state):
         c, near = self.c, cache["near"]

@@ -98,7 +98,7 @@ def test_the_chunks_found_are_the_k_best_of_those_that_are_kept(n):
     """By brute force: the bank has 20 places, and the segment that comes needs N of them for itself."""
     room = gca(bank=20, topk=3)
     state, asks = memory(room, n), torch.randn(2, N, TINY["width"])
-    kv, w, picks = room.find(asks, 0, state, 0)
+    kv, w, picks = room.find(asks, 0, 0, state)
     for b in range(2):
         for t in range(N):
             kept = range(max(0, n + N - 20), n + t - 1)          # the asking chunk n + t - 1 is not among them
@@ -135,7 +135,7 @@ def test_random_and_recent_differ_in_the_choice_only():
             assert len(set(kept)) == len(kept) == min(3, len(before)) and set(kept) <= set(before)
             if way == "recent":
                 assert kept == list(before)[::-1][:3]
-        _, w, _ = room.find(torch.randn(2, N, TINY["width"]), 0, memory(room, 9), 0)
+        _, w, _ = room.find(torch.randn(2, N, TINY["width"]), 0, 0, memory(room, 9))
         assert torch.allclose(w, torch.tensor(1 / 3))
         assert torch.equal(picks, retrieved(room, tokens)[:, :, 0])
 
@@ -158,7 +158,7 @@ def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
     logits, _ = room(text(K=1), state)
     F.cross_entropy(logits[:, :M].flatten(0, 1), text(K=1)[:, 1:M + 1].flatten()).backward()
     w, f = mixed[0][:, 0].detach(), mixed[0].grad[:, 0]                            # of the first chunk, (B, k)
-    _, _, picks = room.find(state["ask"].detach(), 0, state, 0)
+    _, _, picks = room.find(state["ask"].detach(), 0, 0, state)
     ds = w * (f - (w * f).sum(1, keepdim=True))
     key = state["key"].gather(1, picks[:, 0, :, None].expand(-1, -1, TINY["width"]))
     assert torch.allclose(state["ask"].grad[:, 0], torch.einsum("bk,bkc->bc", ds, key) / TINY["width"] ** 0.5)
@@ -173,7 +173,7 @@ def test_noise_explores_in_training_only_and_repeats():
     assert not torch.equal(noisy, calm) and torch.equal(noisy, retrieved(room, tokens))
     assert torch.equal(before, torch.get_rng_state()), "a state does not know this randomness"
     state, ask = memory(room, 9), torch.randn(2, N, TINY["width"])
-    kv, w, picks = room.find(ask, 0, state, 0)
+    kv, w, picks = room.find(ask, 0, 0, state)
     s = (ask[:, :, None] * state["key"][torch.arange(2)[:, None, None], picks]).sum(-1) / TINY["width"] ** 0.5
     assert torch.allclose(w, s.softmax(-1), atol=1e-6), "the weights have no noise"
 
