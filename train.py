@@ -122,8 +122,10 @@ def rate(run, step):
 def validate(room, loader, windows, dtype):
     """Mean loss in nats a token, and the share of right guesses, on the first windows of the held-out text."""
     nll, hits, n = 0.0, 0, 0
+    room.eval()
     for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
         nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + (batch.y >= 0).sum().item()
+    room.train()
     return nll / n, hits / n
 
 

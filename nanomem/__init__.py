@@ -22,6 +22,7 @@ ROOMS = {
     "hybrid": ("bmojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", dict(eidetic=0)),
     "bmojo": ("bmojo", {}),
+    "gca": ("gca", {}),
 }
 
 

@@ -51,9 +51,17 @@ def attend(q, k, v, mask=None):
     """Fused attention of q (B, H, T, D), the last T of the P + T positions of k and v, to everything before them.
 
     `mask` (bool, True = may look) replaces the causal rule. The kernel's own is_causal aligns top left, so it is
-    right only while the cache is empty; a single query at the end needs no mask at all.
+    right only while the cache is empty; a single query at the end needs no mask at all. A mask (B, n, 1, A, W+A) cuts
+    the queries into n blocks of A, and each block sees only itself and the W positions before it.
     """
     T, P = q.size(2), k.size(2) - q.size(2)
+    if mask is not None and mask.ndim == 5:
+        n, A, near = mask.size(1), mask.size(3), mask.size(4)
+        i = P + A - near + A * torch.arange(n, device=q.device)[:, None] + torch.arange(near, device=q.device)
+        q = q.unflatten(2, (n, A)).transpose(1, 2).flatten(0, 1)                            # (B n, H, A, D)
+        k, v = (x.index_select(2, i.flatten()).unflatten(2, i.shape).transpose(1, 2).flatten(0, 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1))
+        return y.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
     if mask is None and P > 0 and T > 1:
         mask = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and P == 0)

@@ -1,0 +1,254 @@
+"""Grouped cross-attention: what chunks find, when they may read it, and how the loss on tokens teaches the choice."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import nanomem
+from nanomem.cli import UserError
+from nanomem.gca import CrossAttention, gumbel
+
+from conftest import TINY, tiny
+from test_room import S, V, close, text, walk
+
+M, N = 8, S // 8   # tokens in a chunk of a TINY room, chunks in a segment
+
+
+def gca(**fields):
+    return tiny("gca", **{"chunk": M, **fields}).eval()
+
+
+def memory(room, n, B=2, seed=0):
+    """A state as after n chunks, of noise."""
+    torch.manual_seed(seed)
+    state = {k: torch.randn_like(v) if v.is_floating_point() else torch.full_like(v, n)
+             for k, v in room.init_state(B).items()}
+    return state
+
+
+def retrieved(room, tokens, state=None):
+    """The chunks that were found, (B, chunks, G, k), by the three verbs that a whole segment is made of."""
+    state, found = state or room.init_state(len(tokens)), []
+    for x in tokens.split(room.c.seg, 1):
+        _, cache = room.extend(x, room.read(state))
+        state = room.write(cache, state)
+        found.append(torch.stack(cache["picks"], 2))
+    return torch.cat(found, 1)
+
+
+# reading
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
+    room = gca(sink=sink).double()
+    cross, (B, n, u, k, H, D) = room.cross[0], (2, 3, 5, 4, 2, 16)
+    torch.manual_seed(0)
+    x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, k, H, M, 2 * D).double()
+    w = torch.rand(B, n, k).double()
+    found, inputs = [], [t.requires_grad_() for t in (x, kv, w)]
+    for way in ("fast", "loop"):
+        y = cross(x, kv, w)
+        if way == "loop":
+            q, y = cross.q(x), torch.zeros(B, n, u, H * D).double()
+            for b, t, h, i, j in torch.cartesian_prod(*map(torch.arange, (B, n, H, u, k))).tolist():
+                head = slice(h * D, (h + 1) * D)
+                z = (kv[b, t, j, h, :, :D] @ q[b, t, i, head] / D ** 0.5).exp()
+                p = z / (z.sum() + sink)
+                y = y.index_put((torch.tensor(b), torch.tensor(t), torch.tensor(i), torch.arange(D) + h * D),
+                                w[b, t, j] * (p @ kv[b, t, j, h, :, D:]), accumulate=True)
+            y = cross.out(y)
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*found))
+
+
+@torch.no_grad()
+def test_the_first_two_chunks_read_nothing_and_the_third_does():
+    """The first has nothing before it; the second reads what the first asked for, when there was nothing."""
+    room = gca()
+    deaf = gca()
+    for cross in deaf.cross:
+        cross.out.weight.zero_()
+    a, b = walk(room, text())[0], walk(deaf, text())[0]
+    assert torch.equal(a[:, :2 * M], b[:, :2 * M])
+    assert (a - b).abs().amax((0, 2)).unflatten(0, (-1, M)).amax(1)[2:].min() > 1e-4
+
+
+@torch.no_grad()
+def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
+    """With every other path cut, a changed token is felt in its own row, nowhere in the next chunk, and everywhere
+    after that: what a landmark asks for is read by the chunk behind it, and it cannot ask for its own chunk."""
+    room, tokens = gca(topk=12, bank=12), text()
+    for block in room.blocks:
+        block.attention.out.weight.zero_()
+    for t in (0, 5, 7, 40, S + 3, 2 * S - 1):
+        other, c = tokens.clone(), t // M
+        other[:, t] = (other[:, t] + 1) % V
+        moved = (walk(room, tokens)[0] - walk(room, other)[0]).abs().amax((0, 2))
+        moved[t] = 0
+        assert moved[:(c + 2) * M].max() == 0
+        assert moved[(c + 2) * M:].min() > 0
+
+
+# choosing
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [0, 1, 3, 20, 37])
+def test_the_chunks_found_are_the_k_best_of_those_that_are_kept(n):
+    """By brute force: the bank has 20 places, and the segment that comes needs N of them for itself."""
+    room = gca(bank=20, topk=3)
+    state, asks = memory(room, n), torch.randn(2, N, TINY["width"])
+    kv, w, picks = room.find(asks, 0, 0, state)
+    for b in range(2):
+        for t in range(N):
+            kept = range(max(0, n + N - 20), n + t - 1)          # the asking chunk n + t - 1 is not among them
+            score = {e: float(asks[b, t] @ state["key"][b, e % 20]) / TINY["width"] ** 0.5 for e in kept}
+            best = sorted(kept, key=score.get, reverse=True)[:3]
+            assert picks[b, t].tolist() == best + [-1] * (3 - len(best))
+            mix = [math.exp(score[e]) / sum(math.exp(score[i]) for i in best) for e in best] + [0.0] * (3 - len(best))
+            assert torch.allclose(w[b, t], torch.tensor(mix), atol=1e-6)
+            for j, e in enumerate(best):
+                assert torch.equal(kv[b, t, j], state["bank"][b, e % 20])
+
+
+@torch.no_grad()
+def test_the_order_of_the_chunks_in_the_bank_says_nothing():
+    """Other places for the same chunks: no position is read with them, however long ago they were. Only the last one
+    has to stay, which may not be found by its own question."""
+    room, x = gca(bank=12), text(K=1)
+    state = walk(room, text(K=2))[1]
+    order = torch.cat([torch.arange(2 * N - 1).flip(0), torch.arange(2 * N - 1, 12)])
+    other = dict(state, key=state["key"][:, order], bank=state["bank"][:, order])
+    assert close(room(x, other)[0], room(x, state)[0], 1e-5)
+    assert not close(room(x, dict(state, key=state["key"][:, order]))[0], room(x, state)[0], 1e-3)
+
+
+@torch.no_grad()
+def test_random_and_recent_differ_in_the_choice_only():
+    tokens = text()
+    for way in ("random", "recent"):
+        room = gca(retrieval=way, topk=3)
+        picks = retrieved(room, tokens)[:, :, 0]                                   # (B, chunks, k)
+        for t in range(3 * N):
+            kept = [e for e in picks[0, t].tolist() if e >= 0]
+            before = range(max(0, t - 1))
+            assert len(set(kept)) == len(kept) == min(3, len(before)) and set(kept) <= set(before)
+            if way == "recent":
+                assert kept == list(before)[::-1][:3]
+        _, w, _ = room.find(torch.randn(2, N, TINY["width"]), 0, 0, memory(room, 9))
+        assert torch.allclose(w, torch.tensor(1 / 3))
+        assert torch.equal(picks, retrieved(room, tokens)[:, :, 0])
+
+
+# learning to choose
+
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
+    """dL/ds_j = w_j (f_j - sum_i w_i f_i), with f_j what the loss says about the answer of chunk j. With one chunk
+    there is nothing to compare it with, and nothing is learned."""
+    room, mixed = gca(topk=topk).double(), []
+    state = {k: v.double() if v.is_floating_point() else v for k, v in walk(gca(topk=topk), text(K=2))[1].items()}
+    state = {k: v.detach() for k, v in state.items()}
+    state["ask"].requires_grad_()
+
+    def keep(module, args):
+        args[2].retain_grad()
+        mixed.append(args[2])
+    room.cross[0].register_forward_pre_hook(keep)
+    logits, _ = room(text(K=1), state)
+    F.cross_entropy(logits[:, :M].flatten(0, 1), text(K=1)[:, 1:M + 1].flatten()).backward()
+    w, f = mixed[0][:, 0].detach(), mixed[0].grad[:, 0]                            # of the first chunk, (B, k)
+    _, _, picks = room.find(state["ask"].detach(), 0, 0, state)
+    ds = w * (f - (w * f).sum(1, keepdim=True))
+    key = state["key"].gather(1, picks[:, 0, :, None].expand(-1, -1, TINY["width"]))
+    assert torch.allclose(state["ask"].grad[:, 0], torch.einsum("bk,bkc->bc", ds, key) / TINY["width"] ** 0.5)
+    assert (state["ask"].grad.abs().max() > 1e-6) == (topk > 1)
+
+
+def test_noise_explores_in_training_only_and_repeats():
+    room, tokens = gca(topk=2), text()
+    before, calm = torch.get_rng_state(), retrieved(room, tokens)
+    room.train()
+    noisy = retrieved(room, tokens)
+    assert not torch.equal(noisy, calm) and torch.equal(noisy, retrieved(room, tokens))
+    assert torch.equal(before, torch.get_rng_state()), "a state does not know this randomness"
+    state, ask = memory(room, 9), torch.randn(2, N, TINY["width"])
+    kv, w, picks = room.find(ask, 0, 0, state)
+    s = (ask[:, :, None] * state["key"][torch.arange(2)[:, None, None], picks]).sum(-1) / TINY["width"] ** 0.5
+    assert torch.allclose(w, s.softmax(-1), atol=1e-6), "the weights have no noise"
+
+
+def test_the_noise_is_gumbel_whatever_the_numbers():
+    i, e = torch.arange(1000)[:, None], torch.arange(1000)
+    for shift in (0, 10 ** 6):
+        z = gumbel(i + shift, e + shift)
+        assert z.isfinite().all() and abs(z.mean() - 0.5772) < 0.01 and abs(z.std() - 1.2825) < 0.01
+        for other in (gumbel(i + shift + 1, e + shift), gumbel(i + shift, e + shift + 1)):
+            assert abs(torch.corrcoef(torch.stack([z.flatten(), other.flatten()]))[0, 1]) < 0.01
+
+
+# walking
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [dict(), dict(window=5), dict(window=20, sink=True), dict(layers=3, groups=2),
+                                    dict(layers=5, groups=3, topk=2)], ids=str)
+def test_segments_of_any_length_are_one_pass(fields):
+    """The same weights, segments of 1, 2, 4 and 12 chunks: nothing but speed depends on where segments end."""
+    tokens, found = text(), []
+    for chunks in (1, 2, 4, 12):
+        room = gca(seg=chunks * M, bank=24, **fields)
+        found.append(walk_by(room, tokens))
+    assert all(close(y, found[-1]) for y in found)
+
+
+def walk_by(room, tokens):
+    state, logits = room.init_state(len(tokens)), []
+    for x in tokens.split(room.c.seg, 1):
+        y, state = room(x, state)
+        logits.append(y)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 5, S, 40])
+def test_without_its_bank_it_is_the_sliding_window(window):
+    room, other = gca(topk=0, window=window), tiny("window", window=window)
+    other.load_state_dict(room.state_dict(), strict=False)
+    assert close(walk(room, text())[0], walk(other, text())[0])
+
+
+@torch.no_grad()
+def test_reading_changes_the_bank_in_place_and_no_prediction():
+    """Even when the bank is full and goes round: 3 segments of 4 chunks in 6 places."""
+    room = gca(bank=6)
+    state, copied = room.init_state(2), room.init_state(2)
+    for x in text().split(S, 1):
+        with torch.enable_grad():
+            expected, copied = room(x, copied)
+        address = state["bank"].data_ptr()
+        logits, state = room(x, state)
+        assert state["bank"].data_ptr() == address and copied["bank"].data_ptr() != address
+        assert close(logits, expected) and close(state, copied)
+
+
+@torch.no_grad()
+def test_a_state_that_was_read_on_from_still_predicts_the_same():
+    """In eval mode the next segment writes into its bank, but only where it does not look."""
+    room = gca()
+    state = walk(room, text(K=2))[1]
+    logits = [room(x, state)[0] for x in (text(K=1), text(K=1, seed=7), text(K=1))]
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_the_bank_may_lie_in_the_memory_of_the_cpu():
+    room = nanomem.build("gca", **TINY, host=True).to("meta")
+    assert {k: v.device.type for k, v in room.init_state(2).items() if v.device.type != "meta"} == {"bank": "cpu"}
+
+
+@pytest.mark.parametrize("fields, why", [
+    (dict(chunk=5), "32 tokens is no whole number of chunks of 5"), (dict(chunk=0), "chunk counts tokens, got 0"),
+    (dict(bank=3), "bank of 3 chunks cannot hold the 4 of a segment"), (dict(topk=-1), "topk counts chunks, got -1"),
+    (dict(groups=2), "1 upper layers are not 2 equal groups"), (dict(retrieval="best"), "random or recent, got best")])
+def test_settings_that_cannot_be_are_refused(fields, why):
+    with pytest.raises(UserError, match=why):
+        nanomem.build("gca", **TINY, **fields)
