@@ -344,14 +344,16 @@ def recall(rng, B, T, pairs=2, asks=0):
 def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
     """Keys with their values (needles) in a haystack of noise; each key comes back `asks` times and asks for its value.
     All places are drawn uniformly. With more hops, a key is followed by another key, which stands elsewhere, and only
-    the last one by the value. A question can be announced: then its key also stands `notice` tokens before it."""
-    unit, many = notice + 2, pairs * (hops + asks)                   # tokens that a needle or a question takes
-    if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or many > T // unit:
-        raise UserError(f"{pairs} needles (hops={hops}) that are asked for {asks} times do not fit into {KEYS} keys and "
-                        f"{T} tokens")
+    the last one by the value. A question can be announced: then its key also stands `notice` tokens before it, for
+    rooms that need a while to fetch the answer."""
+    unit = notice + 2                                                # tokens that a needle or a question takes
+    if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // unit:
+        raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit into "
+                        f"{KEYS} keys and {T} tokens")
     deal = lambda n, *shape: rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :np.prod(shape)].reshape(B, *shape)
-    starts = unit * np.sort(deal(T // unit, pairs, hops + asks))     # of each pair, in order
-    places, ask = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops)), starts[..., hops:] + unit - 1
+    starts = unit * np.sort(deal(T // unit, pairs, hops + asks))     # a pair's needle stands before its questions
+    places = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops))
+    ask = starts[..., hops:] + unit - 1
     value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
     chain = np.concatenate([NOISE + VALUES + deal(KEYS, pairs, hops), value], 2)           # key, ..., key, value
     x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None, None]

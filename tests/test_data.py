@@ -227,14 +227,15 @@ def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
             assert key == y[t] and place == t - at[t]
 
 
-def test_streams_that_do_not_fit_are_refused():
-    for name, T, why in [("needle", 2, r"1 needles \(hops=1\) that are asked for 1 times do not fit into 16 keys and 2 tokens"),
-                         ("needle:pairs=9:hops=2", 256, r"9 needles \(hops=2\)"), ("needle:asks=0", 64, "asked for 0 times"),
-                         ("needle:gap=3", 64, "needle has no knob gap"), ("recall:pairs=17", 64, "17 pairs that are"),
-                         ("needle:pairs", 64, "needle's knob pairs needs a whole number"), ("recall", 8, "2 pairs that are asked for 0 times"),
-                         ("needles", 64, "did you mean needle")]:
-        with pytest.raises(UserError, match=why):
-            data.Synthetic(name, 4, T).next()
+@pytest.mark.parametrize("name, T, why", [
+    ("needle", 2, r"1 needles \(hops=1, notice=0\) that are asked for 1 times do not fit into 16 keys and 2 tokens"),
+    ("needle:pairs=9:hops=2", 256, r"9 needles \(hops=2"), ("needle:asks=0", 64, "asked for 0 times"),
+    ("needle:gap=3", 64, "needle has no knob gap"), ("needle:pairs", 64, "needle's knob pairs needs a whole number"),
+    ("needles", 64, "did you mean needle"), ("recall:pairs=17", 64, "17 pairs that are asked for"),
+    ("recall", 8, "2 pairs that are asked for 0 times")])
+def test_a_stream_that_cannot_be_is_refused(name, T, why):
+    with pytest.raises(UserError, match=why):
+        data.Synthetic(name, 4, T).next()
 
 
 def test_a_single_book_holds_out_its_own_end():
