@@ -348,8 +348,8 @@ def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
     rooms that need a while to fetch the answer."""
     unit = notice + 2                                                # tokens that a needle or a question takes
     if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // unit:
-        raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit into "
-                        f"{KEYS} keys and {T} tokens")
+        raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit "
+                        f"into {KEYS} keys and {T} tokens")
     deal = lambda n, *shape: rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :np.prod(shape)].reshape(B, *shape)
     starts = unit * np.sort(deal(T // unit, pairs, hops + asks))     # a pair's needle stands before its questions
     places = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops))
