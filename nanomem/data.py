@@ -361,17 +361,31 @@ def recall(rng, B, T, pairs=2, asks=0):
     return x, y, at
 
 
-def needle(rng, B, T, distance=0):
-    """One key and its value somewhere in filler; the last token is the key again and asks for the value, `distance`
-    tokens later (0: drawn uniformly, anew for every row)."""
-    x, rows = filler(rng, B, T), np.arange(B)
-    if not 0 <= distance < T or T < 3:
-        raise UserError(f"a needle at distance {distance} does not fit into {T} tokens")
-    distance = np.full(B, distance) if distance else rng.integers(2, T, size=B)
+def needle(rng, B, T, distance=0, pairs=1, asks=1, hops=1, notice=0):
+    """Keys with their values (needles) in a haystack of noise; each key comes back `asks` times and asks for its value.
+    All places are drawn uniformly; a single question may also stand at the end, `distance` tokens behind its needle.
+    With more hops, a key is followed by another key, which stands elsewhere, and only the last one by the value. A
+    question can be announced: then its key also stands `notice` tokens before it, for rooms that need a while to fetch
+    the answer."""
+    unit = notice + 2                                                # tokens that a needle or a question takes
+    if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // unit:
+        raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit "
+                        f"into {KEYS} keys and {T} tokens")
+    if distance and not (2 <= distance < T and pairs == asks == hops == 1 and notice == 0):
+        raise UserError(f"a needle at distance {distance} does not fit into {T} tokens, or is not the only one")
+    starts = rng.permuted(np.tile(np.arange(T // unit), (B, 1)), axis=1)[:, :pairs * (hops + asks)]
+    starts = unit * np.sort(starts.reshape(B, pairs, hops + asks))   # a pair's needle stands before its questions
+    places = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops))
+    ask = starts[..., hops:] + unit - 1
+    if distance:
+        places[:], ask[:] = T - 1 - distance, T - 1
+    value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
+    chain = np.concatenate([keys(rng, B, pairs * hops).reshape(B, pairs, hops), value], 2)   # key, ..., key, value
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
-    x[rows, T - 1 - distance] = x[:, -1] = NOISE + VALUES + rng.integers(KEYS, size=B)
-    x[rows, T - distance] = y[:, -1] = NOISE + rng.integers(VALUES, size=B)
-    at[:, -1] = distance
+    x[rows, places], x[rows, places + 1] = chain[..., :-1], chain[..., 1:]
+    x[rows, ask] = x[rows, ask - notice] = chain[..., :1]
+    y[rows, ask], at[rows, ask] = value, ask - places[..., -1:]
     return x, y, at
 
 

@@ -72,9 +72,9 @@ class CrossAttention(nn.Module):
 
 
 class GCA(GPT):
-    """Text in chunks of m tokens, each closed by a landmark row, all chunks of a segment at once. The lower layers see a
-    window. What they make of a chunk is encoded, once, to a key (at its landmark) and to keys and values (at its
-    tokens), and joins the bank. In the upper layers a landmark asks the bank, and the chunk after it reads what is found.
+    """Text in chunks of m tokens, each closed by a landmark row; all chunks of a segment at once. The lower layers see
+    a window. What they make of a chunk is encoded, once, to a key (at its landmark) and to keys and values (at its
+    tokens), and joins the bank. In the upper layers a landmark asks the bank, and the chunk after it reads the answer.
 
     state    key (B, M, C) and bank (B, M, H, m, 2D), chunk i in place i mod M   n (B,) chunks so far   ask (B, G, C)
              the question of the last landmark   near (B, L, 2, H, W, D) keys and values of the window
@@ -110,7 +110,7 @@ class GCA(GPT):
                     near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))
 
     def read(self, state):
-        """Beside the state: the open chunk as the lower layers left it, and what was found for it, once it has begun."""
+        """Beside the state: the open chunk as the lower layers left it, and what was found for it once it has begun."""
         near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W, D)
         return dict(state, near=near, open=state["ask"].new_zeros(len(state["n"]), 1, 0, self.c.width), found={})
 
@@ -126,7 +126,8 @@ class GCA(GPT):
         return logits[0] if len(logits) == 1 else torch.cat(logits, 1), cache
 
     def chunks(self, x, cache):
-        """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> last hidden states (B, n u, C)."""
+        """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> last hidden states (B, n u, C), and
+        the cache, whose `picks` tell which chunks were found for them: for each group (B, n, k), -1 for none."""
         c, cache, (B, n, u, _) = self.c, dict(cache), x.shape
         full = c.topk > 0 and cache["open"].size(2) + u == c.m
         if full:
@@ -192,7 +193,7 @@ class GCA(GPT):
 
     def find(self, ask, first, g, cache):
         """For chunks first, first+1, ... of this segment, what their predecessors asked for, ask (B, n, C): keys and
-        values of k chunks (B, n, k, H, m, 2D), weights (B, n, k), and the chunks' numbers, -1 for none (B, n, k)."""
+        values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
         c, (B, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
         t = (cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device))[..., None]   # who asks
         last = cache["n"][:, None] + c.seg // c.m - 1                          # the last chunk of this segment

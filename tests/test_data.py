@@ -271,6 +271,23 @@ def test_questions_of_mqar_come_soon_as_if_drawn_one_by_one():
     assert np.abs(even - 1 / 3).max() < 0.03
 
 
+@pytest.mark.parametrize("pairs, asks, hops, notice", [(1, 1, 1, 0), (3, 2, 1, 0), (4, 3, 1, 8), (2, 2, 3, 16)])
+def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
+    """From every question: find its key in the text, go on with what stands behind it, and so on to the value."""
+    batch = data.Synthetic(f"needle:pairs={pairs}:asks={asks}:hops={hops}:notice={notice}", 8, 256).next()
+    for x, y, at in zip(batch.x, batch.y, batch.at):
+        questions = (y >= 0).nonzero()[:, 0].tolist()
+        assert sorted(x[questions].bincount().tolist())[-pairs:] == [asks] * pairs
+        assert (x >= data.NOISE).sum() == pairs * (2 * hops + asks * (1 + (notice > 0))), "values and keys only there"
+        for t in questions:
+            assert x[t - notice] == x[t]
+            key = x[t]
+            for hop in range(hops):
+                place = (x == key).nonzero()[min(hop, 1), 0].item()   # one that was led to stood there first
+                key = x[place + 1]
+            assert key == y[t] and place == t - at[t]
+
+
 def test_a_needle_lies_at_the_distance_asked_for():
     assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
     for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
