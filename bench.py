@@ -132,7 +132,7 @@ def trained(argv, out):
     if last.exists():
         with contextlib.suppress(UserError):
             saved = stream.load(last, "checkpoint")
-            was = {**saved["run"], **saved["config"]}
+            was = {**asdict(train.Run()), **saved["run"], **saved["config"]}   # flags that it did not know yet had this value
             same = all(was.get(k) == v for k, v in {**typed, **fields}.items())
             if same and saved["step"] == typed["steps"]:
                 return nanomem.load(last)
