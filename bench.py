@@ -2,22 +2,32 @@
 
     python bench.py                                       every room, small, on the embedded book: minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
+    python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
     python bench.py --plot                                also draws the curves (needs matplotlib)
 
-    depth    loss, bits per byte and word perplexity of the held-out books, by position in the book
+    depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
+             and what memory is worth: how much the loss grows when every segment begins with an empty one
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    cost     training speed, time a decoded token, bytes, each as the context read grows; memory replay against BPTT
+    planted, mqar, retain    the same on other streams: each the experiment of one paper, with rooms of its own
+    cost     training speed, time a decoded token, bytes, each as the context read grows
+    replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import platform
+import signal
+import sys
 import time
 import weakref
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +46,19 @@ from nanomem.cli import UserError
 
 @dataclass
 class Bench:
-    rooms: str = ""              # which rooms, with commas between them (without it all)
-    tasks: str = ""              # which of depth, recall, cost (without it all)
+    rooms: str = ""              # which rooms, ROOM:field=value for other settings (without it those of the task)
+    tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
+    upto: int = 0                # tokens that it reads of each (0: all)
     out: str = "out/bench"       # folder for checkpoints and report
-    steps: int = 120             # training steps on books
-    recall_steps: int = 400      # training steps on the recall stream
+    steps: int = 40              # training steps on books
+    stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
+    pairs: int = 2               # key-value pairs of the recall stream, up to 64; more than 16 take longer windows
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
+    interleave: int = 1          # books that a row reads in turns
+    turn: int = 1                # segments that a turn lasts
     layers: int = 4              # of the rooms that read books
     heads: int = 4               # attention heads
     width: int = 128             # channels
@@ -52,12 +66,56 @@ class Bench:
     lr: float = 4e-3             # learning rate on books
     read: int = 100_000          # tokens to read before the last measurement of cost
     seed: int = 1                # of weights, order of books, and streams
+    seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
     device: str = ""             # cpu, cuda, mps
+    jobs: int = 0                # trainings side by side, one thread each (0: on a CPU as many as it has cores, else 1)
     compile: bool = False        # compile both sides of the training speeds
-    plot: bool = False           # draw depth.svg and recall.svg
+    plot: bool = False           # draw depth.svg and a picture for each stream
 
 
-TASKS = ("depth", "recall", "cost")
+@dataclass
+class Trial:
+    """A synthetic stream as an experiment: how rooms are trained on it, and how they are asked."""
+    about: str        # what the numbers are, over the table
+    train: str        # flags of train.py
+    steps: int
+    segments: int     # K, segments in a window of training
+    data: str = ""    # the stream that teaches, if it has knobs
+    rooms: str = ""   # those it was made for; all where it is empty
+    test: str = ""    # the stream that asks, if its knobs are other ones
+    span: int = 0     # segments that a text lasts in training, if that can be more than a window
+    rows: int = 64
+    windows: int = 32
+    lengths: tuple = (8,)   # segments of a test window; a column each, or with a single one
+    edges: tuple = ()       # a column for each range of distances between these, in tokens
+
+
+TRIALS = dict(
+    recall=Trial("by tokens between question and answer, in segments of 16 tokens, tested on texts twice as long as in "
+                 "training",
+                 "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 4,
+                 test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
+                 edges=tuple(range(0, 129, 16))),
+    planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
+                  "trained on texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
+                  "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, "planted:gap=64",
+                  "memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
+                  span=8, windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
+    mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are "
+               "read in one call; windows of 16 tokens, so that what is further back is beyond them",
+               "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 65),
+               rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
+                     "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
+                     "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
+    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of "
+                 "64 and 512; trained on texts of 16 writes, tested on 256",
+                 "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
+                 edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
+                 rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
+)
+TASKS = ("depth", *TRIALS, "cost", "replay")
+QUICK = ("depth", "recall", "cost")   # without --tasks
+COMPARED = "gpt,window,xl,full,rmt,hmt,memformer"   # without --rooms
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
 
@@ -86,54 +144,152 @@ def trained(argv, out):
     return nanomem.load(last)
 
 
-def flags_of(b, name, task):
-    common = [f"--room={name}", f"--seed={b.seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+def flags_of(b, spec, task, seed):
+    name, settings = cli.variant(spec)
+    flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+    own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
-        same = ("data", "steps", "batch", "segments", "lr", "layers", "heads", "width", "seg")
-        return [*common, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same]]
-    return [*common, "--data=recall", f"--steps={b.recall_steps}", "--batch=64", "--segments=4", "--lr=5e-3",
-            "--layers=2", "--heads=2", "--width=64", "--seg=16", f"--validate={b.recall_steps}"]
+        same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr", "layers", "heads", "width", "seg")
+        return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
+    t = trial_of(b, task)
+    K = int(settings.get("segments", t.segments))
+    parts = max(1, t.span // K)                  # windows that a text lasts: the more, the more steps for as many texts
+    steps = (b.stream_steps or t.steps) * parts
+    return [*flags, f"--data={t.data or task}" + f":windows={parts}" * (parts > 1), f"--segments={K}",
+            f"--steps={steps}", f"--validate={steps}", *t.train.split(), *own]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # depth
 
+def losses_of(room, books, b, change=lambda state: state):
+    """The loss of every token of the books, an array for each book, nan where one of the rooms must not be scored."""
+    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, turn=b.turn * room.c.seg)
+    loader = data.Bookmarks(books, rows, room.c.seg * b.segments, once=True, **turns)
+    losses = [np.full(len(t) - 1, np.nan) for t in books.tokens]
+    for batch, nll, _ in stream.evaluate(room, loader, like=leaky(b), change=change):
+        book = batch.book.view(len(batch.x), -1).expand_as(batch.x)
+        book, at, nll, scored = (t.cpu().numpy() for t in (book, batch.at, nll, batch.y >= 0))
+        for i in np.unique(book[scored]):
+            here = scored & (book == i)
+            losses[i][at[here]] = nll[here]
+    return losses
+
+
+def leaky(b):
+    """Those of the rooms that have seen some of their targets: there no room is scored."""
+    rooms = (room_of(b, spec) for spec in rooms_of(b.rooms, "depth") if ":" in spec)
+    return [room for room in rooms if not room.scored().all()]
+
+
 def depth(room, checkpoint, b):
-    """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books."""
+    """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books; the loss
+    by place in the segment; and how much it grows when every segment begins with an empty memory."""
     books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
-    loader = data.Bookmarks(books, min(b.batch * 4, len(books)), room.c.seg * b.segments, once=True)
-    losses = [np.zeros(len(t) - 1) for t in books.tokens]
-    for batch, nll, _ in stream.evaluate(room, loader):
-        batch, nll = batch.to("cpu"), nll.cpu()
-        for row, i in enumerate(batch.book.tolist()):
-            scored = batch.y[row] >= 0
-            losses[i][batch.at[row][scored]] = nll[row][scored]
+    books.tokens = [t[:b.upto + 1 if b.upto else None] for t in books.tokens]
+    losses = losses_of(room, books, b)
+    fresh = lambda state: room.init_state(len(next(iter(state.values())))) if state else state
+    empty = losses_of(room, books, b, fresh)
 
     def score(lo, hi):
-        nats = sum(x[lo:hi].sum() for x in losses)
+        parts = [x[lo:hi] for x in losses]
         text = [books.enc.decode_bytes(t[1 + lo:1 + hi].tolist()) for t in books.tokens]
-        n, size, words = sum(len(x[lo:hi]) for x in losses), sum(map(len, text)), sum(len(t.split()) for t in text)
-        return dict(start=lo, end=min(hi, longest), tokens=n, loss=nats / n, bits_per_byte=nats / math.log(2) / size,
-                    word_perplexity=math.exp(nats / words))
-    longest = max(map(len, losses))
-    return dict(books=len(books), parameters=sum(p.numel() for p in room.parameters()), all=score(0, longest),
-                by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest])
+        n, loss = sum(map(len, parts)), np.nanmean(np.concatenate(parts))
+        return dict(start=lo, end=min(hi, longest), tokens=n, loss=loss,
+                    bits_per_byte=loss * n / math.log(2) / sum(map(len, text)),
+                    word_perplexity=math.exp(loss * n / sum(len(t.split()) for t in text)),
+                    memory=np.nanmean(np.concatenate([x[lo:hi] for x in empty])) - loss,
+                    by_book=[[np.nansum(x), np.isfinite(x).sum()] for x in parts])
+    longest, S = max(map(len, losses)), room.c.seg
+    places = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
+    by_place = [np.nanmean(np.concatenate([x[i::S] for x in losses for i in range(lo, hi)]))
+                for lo, hi in zip(places, places[1:])]
+    plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
+    size = sum(p.numel() for p in room.parameters())
+    more = strangers(room, books, b) if b.interleave > 1 else {}
+    if type(room).__name__ == "Memformer":
+        more["writing"] = writing(room, books, b)
+    return dict(more, books=len(books), parameters=size,
+                extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
+                by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
+                by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
+
+
+def strangers(room, books, b):
+    """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay), and
+    of a search, how much of its weight goes to memories of the book that the segment is from, and by chance would."""
+    swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
+    found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
+    if type(room).__name__ == "HMT" and room.c.query == "prev":
+        shares, place = [], itertools.cycle(range(b.interleave * b.turn))       # in a round of turns
+
+        def look(state):
+            w = room.weights(state).mean(1)                                   # (B, N) over the rows of a memory
+            age = torch.arange(w.size(1), 0, -1, device=w.device)             # in segments, the newest last
+            i = next(place)
+            there, own = age <= state["n"][:, None], ((i - age) // b.turn - i // b.turn) % b.interleave == 0
+            old = state["n"] >= min(2 * b.interleave * b.turn, w.size(1))       # there is something to choose from
+            shares.append(torch.stack([(w * own).sum(1), (there & own).sum(1) / there.sum(1).clamp(min=1)], 1)[old])
+            return state
+        losses_of(room, books, b, look)
+        found.update(zip(("own", "chance"), torch.cat(shares).mean(0).tolist()))
+    return found
+
+
+@torch.no_grad()
+def writing(room, books, b, windows=16):
+    """How Memformer writes, by segments since the book began: the share of slots that retain what they were (more than
+    two thirds of the weight on themselves), that are overwritten (less than one), and that mix."""
+    loader, state, kept = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None, []
+    for batch in (loader.next().to(stream.device_of(room)) for _ in range(windows)):
+        state = stream.enter(room, state or room.init_state(len(batch.x)), batch.fresh)
+        for x, _ in stream.segments(room, batch.x, batch.y):
+            kept.append(room.weights(x, state)[..., 0].mean(1))              # (B, M) over heads
+            state = room(x, state)[1]
+    return [dict(retain=(w > 2 / 3).float().mean().item(), overwrite=(w < 1 / 3).float().mean().item()) for w in kept]
+
+
+def interval(ours, theirs, draws=2000):
+    """The difference of two losses in nats a token and its 95% interval, from the same books drawn again and again.
+    ours and theirs: [nats, tokens] of each book."""
+    (x, n), (y, _) = np.transpose(ours), np.transpose(theirs)
+    i = np.random.default_rng(0).integers(len(n), size=(draws, len(n)))
+    low, high = np.percentile((x - y)[i].sum(1) / np.maximum(n[i].sum(1), 1), [2.5, 97.5])
+    return (x - y).sum() / n.sum(), low, high
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# recall
+# Synthetic streams
 
-def recall(room, segments=8, batches=32, seed=0):
-    """Accuracy on the recall stream by the distance to the answer in whole segments, as far as there are 50 questions;
-    each pair is seen only three times, so that the distances are long."""
-    loader = data.Synthetic("recall", 64, segments * room.c.seg, seed=(seed, 2), asks=2)
-    right, total = np.zeros(segments), np.zeros(segments)
-    for batch, _, hit in stream.evaluate(room, loader, batches):
-        scored = batch.y >= 0
-        far = (batch.at[scored] // room.c.seg).cpu().numpy()
-        right += np.bincount(far, hit[scored].cpu().numpy(), segments)
-        total += np.bincount(far, minlength=segments)
-    return [dict(segments=i, accuracy=right[i] / n, questions=int(n)) for i, n in enumerate(total) if n >= 50]
+def trial_of(b, task):
+    """The trial of that name; with another number of pairs, the recall that has them: in texts that are long enough, and
+    as many tokens a step."""
+    t = TRIALS[task]
+    if task == "recall" and b.pairs != 2:
+        K = max(4, b.pairs // 2)
+        t = replace(t, data=f"recall:pairs={b.pairs}", test=f"recall:asks=2:pairs={b.pairs}", segments=K,
+                    train=t.train.replace("batch=64", f"batch={256 // K}"), lengths=(2 * K,),
+                    edges=tuple(range(0, 32 * K + 1, 4 * K)))
+    return t
+
+
+def trial(room, t, task, seed=0):
+    """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
+    50 questions."""
+    found = []
+    for length in t.lengths:
+        T = length * room.c.seg
+        edges = np.array(t.edges or (0, T + 1))
+        right, total = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1)
+        loader = data.Synthetic(t.test or task, t.rows, T, seed=(seed, 2))
+        for batch, _, hit in stream.evaluate(room, loader, t.windows):
+            scored = batch.y >= 0
+            place = np.digitize(batch.at[scored].cpu().numpy(), edges)
+            right += np.bincount(place, hit[scored].cpu().numpy(), len(edges) + 1)
+            total += np.bincount(place, minlength=len(edges) + 1)
+        found += [dict(length=T, start=lo, end=hi, accuracy=r / n, questions=n)
+                  for lo, hi, r, n in zip(edges, edges[1:], right[1:], total[1:]) if n >= 50]
+    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in found]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +396,7 @@ def cost(room, b):
     ours, theirs = seconds(device, *(training_step(m, b.batch, b.segments, compile=b.compile) for m in (room, plain)))
 
     # decoding after a little and after a lot was read: one whole segment each, in turn
-    depths = sorted({1024, *(d for d in (16_384, 131_072) if d < b.read), b.read})
+    depths = sorted({1024, *(d for d in (131_072,) if d < b.read), b.read})
     readers, kept, peaks = [], [], []
     book = torch.randint(c.vocab, (1, max(depths)), device=device)
     room.eval()
@@ -262,20 +418,36 @@ def cost(room, b):
                 decode_growth=np.median(times[-1] / times[0]))
 
 
-def replay_cost(room, b):
-    """Peak activation bytes of back-propagation and of memory replay through 4 and 16 segments, and their times."""
-    found = {}
-    for name, walk in dict(bptt=stream.bptt, replay=stream.replay).items():
-        for K in (4, 16):
-            step = training_step(room, 2, K, walk)
-            step()                                          # the optimizer makes its own tensors once
-            with LiveBytes() as live:
-                step()
-            found[f"{name}_{K}"] = live.peak
-    both = (training_step(room, 2, 16, walk) for walk in (stream.bptt, stream.replay))
-    bptt, replay = seconds(stream.device_of(room), *both, rounds=3)
-    return dict(found, bptt_grows=found["bptt_16"] / found["bptt_4"],
-                replay_grows=found["replay_16"] / found["replay_4"], replay_time=np.median(replay / bptt))
+# ----------------------------------------------------------------------------------------------------------------------
+# replay
+
+def checkpointed(room, step, x, y, state, scale):
+    """Back-propagation in which autograd keeps what enters a segment, and walks it once more on the way back."""
+    again = lambda *args: torch.utils.checkpoint.checkpoint(step, *args, use_reentrant=False)
+    return stream.bptt(room, again, x, y, state, scale)
+
+
+WALKS = dict(bptt=stream.bptt, checkpoint=checkpointed, replay=stream.replay)
+
+
+def replay(room, rows=1, through=(2, 4, 8, 16, 32), rounds=3):
+    """Three ways to the same gradients through K segments: the most bytes alive at once beside weights and gradients,
+    and the time, each also as a multiple of what plain back-propagation takes."""
+    device, step, walks = stream.device_of(room), stream.step_of(room), {}
+    for K in through:
+        x = torch.randint(room.c.vocab, (rows, K * room.c.seg), device=device)
+        for way, walk in WALKS.items():
+            walks[way, K] = lambda walk=walk, x=x: walk(room, step, x, x, room.init_state(rows), 1 / x.numel())
+    walks["bptt", through[0]]()                              # makes the gradients, to which the others add
+    peaks = {}
+    for key, walk in walks.items():
+        with LiveBytes() as live:
+            walk()
+        peaks[key] = live.peak
+    times = dict(zip(walks, seconds(device, *walks.values(), rounds=rounds)))
+    return {way: [dict(K=K, peak=peaks[way, K], ms=1000 * np.median(times[way, K]),
+                       bytes_over_bptt=peaks[way, K] / peaks["bptt", K],
+                       time_over_bptt=np.median(times[way, K] / times["bptt", K])) for K in through] for way in WALKS}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,17 +467,29 @@ def size(n):
     return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KB" if n < 2 ** 20 else f"{n / 2 ** 20:.1f} MB"
 
 
+def column(s):
+    """The head of a column of a trial: a range of distances, or a length of text."""
+    return f"{s['start']}-{s['end'] - 1}" if s["end"] <= s["length"] else f"{s['length']:,}"
+
+
+def percent(s):
+    """The mean accuracy, and of several seeds the lowest and the highest."""
+    ends = f" ({min(s['each']):.0%} to {max(s['each']):.0%})" if len(s["each"]) > 1 else ""
+    return f"{s['accuracy']:.0%}{ends}"
+
+
 def summary(found):
     """The one table: a line a room, the columns of the tasks that ran."""
     head, rows = ["room"], {name: [name] for name in found["rooms"]}
     for name, r in found["rooms"].items():
         cells = {}
         if "depth" in r:
-            score = r["depth"]["all"]
-            cells.update({"parameters": f"{r['depth']['parameters'] / 1e6:.2f}M", "loss": f"{score['loss']:.3f}",
-                          "bits/byte": f"{score['bits_per_byte']:.3f}", "word ppl": f"{score['word_perplexity']:.0f}"})
+            d, score = r["depth"], r["depth"]["all"]
+            cells.update({"parameters": f"{d['parameters'] / 1e6:.2f}M", "extra": f"{d['extra']:.1%}",
+                          "loss": f"{score['loss']:.3f}", "bits/byte": f"{score['bits_per_byte']:.3f}",
+                          "word ppl": f"{score['word_perplexity']:.0f}", "memory": f"{score['memory']:.3f}"})
         if "recall" in r:
-            cells.update({f"recall at {s['segments']}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
+            cells.update({f"recall {column(s)}": f"{s['accuracy']:.0%}" for s in r["recall"][:4]})
         if "cost" in r:
             c = r["cost"]
             cells.update({"state/row": size(c["state_bytes"]),
@@ -328,22 +512,45 @@ def details(found):
             body = table(["room", *columns(first)], lines)
             parts.append(f"{title(first)}\n\n{body}")
 
+    def depths(r):
+        return [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]]
+
     part(lambda r: f"Loss in nats a token by position in the book (held-out books: {r['books']}):", "depth",
-         lambda r: [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]],
-         lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
-    part(lambda r: "Recall accuracy by distance to the answer in whole segments, trained on windows of 4 segments, "
-                   f"tested on 8 (chance {1 / data.VALUES:.0%}; the number of questions in the last line):", "recall",
-         lambda r: [str(s["segments"]) for s in r], lambda r: [f"{s['accuracy']:.0%}" for s in r],
-         lambda r: [f"{s['questions']:,}" for s in r])
+         depths, lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
+    first, base = next(((name, r["depth"]) for name, r in found["rooms"].items() if "depth" in r), ("", dict(books=0)))
+    if base["books"] > 1:
+        def against(r):
+            for s, t in zip([r["all"], *r["by_position"]], [base["all"], *base["by_position"]]):
+                mean, low, high = interval(s["by_book"], t["by_book"])
+                yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
+        part(lambda r: f"Loss minus that of {first} on the same books, with its 95% interval over books (~: a tie):",
+             "depth", lambda r: ["all", *depths(r)], against)
+    part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
+         "depth", depths, lambda r: [f"{s['memory']:.3f}" for s in r["by_position"]])
+    if found["settings"]["interleave"] > 1:
+        part(lambda r: "Books in turns: the loss, and the loss with the memory of another row; how much of a search's "
+                       "weight lies on memories of the segment's own book, and their share in the bank:", "depth",
+             lambda r: ["loss", "a stranger's memory", "weight on own book", "chance"],
+             lambda r: [f"{r['all']['loss']:.3f}", f"{r['stranger']:.3f}",
+                        *(f"{r[k]:.1%}" if k in r else "" for k in ("own", "chance"))])
+    for name, r in found["rooms"].items():
+        w = r.get("depth", {}).get("writing", [])
+        at = [i for i in (0, 1, 3, 7, 15, 31, 63) if i < len(w)]
+        if w:
+            rows = [[k, *(f"{w[i][k]:.0%}" for i in at)] for k in ("retain", "overwrite")]
+            parts.append(f"Slots of {name} that keep two thirds of themselves, or lose two thirds, when a book's n-th "
+                         f"segment is written:\n\n{table(['n', *(str(i + 1) for i in at)], rows)}")
+    part(lambda r: "Loss by place in the segment:", "depth",
+         lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
+         lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
+    for task, t in TRIALS.items():
+        part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the "
+                       "last line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
+             lambda r: [f"{s['questions']:,.0f}" for s in r])
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
-    replay = ["bptt_4", "bptt_16", "replay_4", "replay_16"]
-    part(lambda r: "Peak bytes of a training step through 4 and 16 segments, by back-propagation and by memory replay, "
-                   "how each grows, and the time of replay over that of back-propagation at 16:", "cost",
-         lambda r: [k.replace("_", ", ") for k in replay] + ["bptt grows", "replay grows", "replay time"],
-         lambda r: [size(r["replay"][k]) for k in replay]
-         + [f"{r['replay'][k]:.2f}x" for k in ("bptt_grows", "replay_grows", "replay_time")])
+    parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r})
     gpt = found["rooms"].get("gpt", {}).get("cost")
     if gpt:
         parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
@@ -351,13 +558,31 @@ def details(found):
     return "\n\n".join(parts)
 
 
+def replay_table(rooms):
+    """[] or [the table of `replay`, a line for each room and way, with Memformer's own table 3 below]."""
+    if not rooms:
+        return []
+    columns = [f"K={x['K']}" for x in next(iter(rooms.values()))["bptt"]]
+    lines = [[name, way, *[f"{size(x['peak'])}, {x['ms']:.0f} ms" for x in r[way]],
+              *[f"{x['bytes_over_bptt']:.2f}x, {x['time_over_bptt']:.2f}x" for x in (r[way][1], r[way][-1])],
+              f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in rooms.items() for way in WALKS]
+    for way, megabytes, speed in zip(WALKS, (16177, 9885, 7229), (1.00, 0.48, 0.90)):
+        there = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
+        lines.append(["the paper", way, *there.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x", "", ""])
+    return ["Peak bytes and time of forward and backward through K segments, beside weights and gradients; both over "
+            f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's are from table 3 "
+            "of 2010.06891: 12 layers of width 512, all that the GPU held:\n\n"
+            + table(["room", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "grows"], lines)]
+
+
 def draw(found, out):
-    """depth.svg, the loss minus that of the first room on the same tokens, and recall.svg; returns the names drawn."""
+    """depth.svg, the loss minus that of the first room on the same tokens, and a picture for each stream; returns the
+    names drawn."""
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
     drawn = []
-    for task in ("depth", "recall"):
+    for task in ("depth", *TRIALS):
         rooms = {name: r[task] for name, r in found["rooms"].items() if task in r}
         if not rooms:
             continue
@@ -368,26 +593,100 @@ def draw(found, out):
                 x = [s["end"] for s in r["by_position"]]
                 y = [s["loss"] - base["loss"] for s, base in zip(r["by_position"], rooms[first]["by_position"])]
             else:
-                x, y = [s["segments"] for s in r], [s["accuracy"] for s in r]
+                x = [s["start"] if TRIALS[task].edges else s["length"] for s in r]
+                y = [s["accuracy"] for s in r]
             axes.plot(x, y, marker=".", label=name)
         if task == "depth":
             axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s, nats a token", xscale="log")
         else:
-            axes.set(xlabel="distance to the answer, segments", ylabel="accuracy", ylim=(0, 1.02))
+            far = "distance to the answer, tokens" if TRIALS[task].edges else "length of the text, tokens"
+            axes.set(xlabel=far, ylabel="accuracy", ylim=(0, 1.02), xscale="log" if max(x) > 1000 else "linear")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(out / f"{task}.svg")
         plt.close(figure)
         drawn.append(f"{task}.svg")
-    return drawn
+    return drawn + [draw_writing(name, r["depth"]["writing"], out) for name, r in found["rooms"].items()
+                    if "writing" in r.get("depth", {})]
 
 
-def names(text, known, flag):
-    chosen = [w.strip() for w in text.split(",") if w.strip()] or list(known)
-    for w in chosen:
-        if w not in known:
-            raise UserError(f"--{flag}={w} is none of them: {cli.nearest(w, list(known))}")
-    return chosen
+def work(b, task, spec, seed):
+    """One job: train a room unless that was done before, and measure it."""
+    torch.manual_seed(seed)
+    folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
+    room, checkpoint = trained(flags_of(b, spec, task, seed), Path(b.out) / folder)
+    room.to(train.machine(train.Run(device=b.device))[0]).eval()
+    return depth(room, checkpoint, b) if task == "depth" else trial(room, trial_of(b, task), task, b.seed)
+
+
+def threads_of(device):
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def alone():
+    """A process for one training among others: one thread, no bar; Ctrl-C is for train.py, which saves first."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def side_by_side(function, calls, n):
+    """Yield (call, function(*call)), n of them at work at a time: small rooms use one thread better than several."""
+    if n == 1 or len(calls) < 2:
+        yield from ((call, function(*call)) for call in calls)
+        return
+    pool = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), alone)
+    try:
+        futures = [(call, pool.submit(function, *call)) for call in calls]
+        yield from ((call, future.result()) for call, future in futures)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def draw_writing(name, rows, out):
+    """writing-NAME.svg: what Memformer's slots do, segment by segment."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    retain, overwrite = (np.array([r[k] for r in rows]) for k in ("retain", "overwrite"))
+    shares = dict(retain=retain, mix=1 - retain - overwrite, overwrite=overwrite)
+    axes.stackplot(range(1, len(rows) + 1), *shares.values(), labels=list(shares))
+    axes.set(xlabel="segments since the book began", ylabel="share of slots", xlim=(1, len(rows)), ylim=(0, 1))
+    figure.legend(loc="outside right upper", frameon=False)
+    path = out / f"writing-{name.replace(':', '-').replace('=', '')}.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path.name
+
+
+def merged(runs):
+    """The same results of several seeds: the mean of each number, and of accuracies also each."""
+    one = runs[0]
+    if isinstance(one, dict):
+        each = dict(each=[r["accuracy"] for r in runs]) if "accuracy" in one else {}
+        return {**{k: merged([r[k] for r in runs]) for k in one}, **each}
+    if isinstance(one, list):
+        return [merged(rows) for rows in zip(*runs)]
+    return one if all(r == one for r in runs) else sum(runs) / len(runs)
+
+
+def rooms_of(text, task):
+    """The rooms of a task, after making sure that each can be built."""
+    own = TRIALS[task].rooms if task in TRIALS else ""
+    specs = [w.strip() for w in (text or own or COMPARED).split(",") if w.strip()]
+    for spec in specs:
+        name, settings = cli.variant(spec)
+        if name not in nanomem.ROOMS:
+            raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
+        cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
+    return specs
+
+
+def room_of(b, spec):
+    """An untrained room of the size that reads books."""
+    name, settings = cli.variant(spec)
+    (fields, _), _ = cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
+    return nanomem.build(name, **{**dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB),
+                                  **fields})
 
 
 def main(argv):
@@ -395,7 +694,14 @@ def main(argv):
     b = Bench(**typed)
     if words:
         raise UserError(f"bench.py takes only flags, got {words[0]}")
-    rooms, tasks = names(b.rooms, nanomem.ROOMS, "rooms"), names(b.tasks, TASKS, "tasks")
+    tasks = [w.strip() for w in b.tasks.split(",") if w.strip()] or QUICK
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
+    seeds = range(b.seed, b.seed + b.seeds)
+    jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
+    trainings = [(b, task, spec, seed) for task, spec in jobs if task not in ("cost", "replay") for seed in seeds]
+    costs = [(task, spec) for task, spec in jobs if task in ("cost", "replay")]
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if b.read < 2048:
@@ -406,23 +712,25 @@ def main(argv):
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)
     found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
-                 settings=asdict(b), rooms={name: {} for name in rooms})
-    bar = tqdm([(name, task) for task in TASKS if task in tasks for name in rooms], unit="job")
-    for name, task in bar:
-        bar.set_description(f"{task} of {name}")
-        torch.manual_seed(b.seed)
-        if task == "cost":
-            room = nanomem.build(name, layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB).to(device)
-            result = dict(cost(room, b), replay=replay_cost(room, b))
-        else:
-            room, checkpoint = trained(flags_of(b, name, task), out / f"{task}-{name}")
-            room.to(device).eval()
-            result = recall(room, seed=b.seed) if task == "recall" else depth(room, checkpoint, b)
-        found["rooms"][name][task] = result
+                 settings=asdict(b), rooms={spec: {} for _, spec in jobs})
+    runs = {job: [] for job in jobs}
+    with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
+        for (_, task, spec, _), result in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            runs[task, spec].append(result)
+            bar.set_description(f"{task} of {spec}")
+            bar.update()
+        for task, spec in costs:                           # alone on the machine
+            torch.manual_seed(b.seed)
+            room = room_of(b, spec).to(device)
+            runs[task, spec].append(cost(room, b) if task == "cost" else replay(room))
+            bar.set_description(f"{task} of {spec}")
+            bar.update()
+    for (task, spec), results in runs.items():
+        found["rooms"][spec][task] = merged(results)
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "
-              f"tokens on {b.data or 'Moby-Dick'}, {b.recall_steps} of 4,096 on recall; seed {b.seed}")
+              f"tokens on {b.data or 'Moby-Dick'}; seed {', '.join(map(str, seeds))}")
     print(f"\n{report}\n\n{summary(found)}\n\n{details(found)}\n")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(found, indent=1, default=float))

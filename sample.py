@@ -59,7 +59,7 @@ def main(argv):
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     room, checkpoint = nanomem.load(words[0])
-    if checkpoint["run"]["data"].split(":")[0] in data.STREAMS:
+    if data.is_stream(checkpoint["run"]["data"]):
         raise UserError(f"{words[0]} was trained on the stream {checkpoint['run']['data']}, which is no text")
     enc = data.tokenizer(checkpoint["run"]["tokenizer"])
     device = train.machine(train.Run(device=s.device))[0]

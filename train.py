@@ -28,8 +28,8 @@ from nanomem.cli import UserError
 
 @dataclass
 class Run:
-    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt
-    data: str = ""               # folder of shards, or a stream (recall, needle); without it the embedded Moby-Dick
+    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt, hmt, memformer, mplus, bmojo, ... (README)
+    data: str = ""               # folder of shards, or a stream (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/ROOM)
     resume: bool = False         # go on from last.pt of that folder
@@ -37,6 +37,8 @@ class Run:
     steps: int = 600             # optimizer steps
     batch: int = 8               # B, rows: books read side by side, on all devices together
     segments: int = 4            # K, segments in a window: how far back-propagation reaches
+    interleave: int = 1          # books that a row reads in turns
+    turn: int = 1                # segments that a turn lasts
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that the rows of a step are split into, one after the other
     lr: float = 4e-3             # peak learning rate of AdamW
@@ -63,7 +65,7 @@ def flags(argv):
 
 
 def check(run, world):
-    for name in ("steps", "batch", "segments", "accum", "report", "validate", "windows"):
+    for name in ("steps", "batch", "segments", "interleave", "turn", "accum", "report", "validate", "windows"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
     if run.dtype not in ("", "float32", "bfloat16"):
@@ -91,15 +93,16 @@ def machine(run):
 
 def windows_of(run, seg):
     """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
-    T = run.segments * seg
-    if run.data.split(":")[0] in data.STREAMS:
+    T, turns = run.segments * seg, dict(interleave=run.interleave, turn=run.turn * seg)
+    if data.is_stream(run.data):
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
                 lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
     run.tokenizer = books.enc.name
-    piece = None if len(held_out) >= run.batch else -(-sum(map(len, held_out.tokens)) // run.batch)
-    return (data.Bookmarks(books, run.batch, T, run.seed),
-            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece), books.enc.n_vocab)
+    marks = run.batch * run.interleave
+    piece = None if len(held_out) >= marks else -(-sum(map(len, held_out.tokens)) // marks)
+    return (data.Bookmarks(books, run.batch, T, run.seed, **turns),
+            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece, **turns), books.enc.n_vocab)
 
 
 def optimizer_of(room, run):
@@ -141,7 +144,7 @@ def resumed(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
     saved = stream.load(last, "checkpoint")
     was = {**saved["run"], **saved["config"], "room": saved["room"]}
-    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "seed")}
+    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "turn", "seed")}
     for k, v in {**fixed, **fields, "room": typed.get("room", Run.room)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
@@ -215,10 +218,11 @@ def main(argv):
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate(run, step)
-            batch = loader.next().rows(rank * B, (rank + 1) * B).to(device)
+            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), room)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
                 dist.all_reduce(targets)           # a token weighs the same whichever process has it
+            targets.clamp_(min=1)                  # a window of a stream may ask nothing
             for i in range(0, B, B // run.accum):
                 rows = slice(i, i + B // run.accum)
                 begin = stream.enter(room, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])

@@ -13,6 +13,15 @@ ROOMS = {
     "xl": ("xl", {}),
     "full": ("xl", dict(slide=True, window=-8)),
     "rmt": ("rmt", {}),
+    "hmt": ("hmt", {}),
+    "hmt_split": ("hmt", dict(query="split")),
+    "memformer": ("memformer", {}),
+    "memoryllm": ("mplus", dict(store=0)),
+    "mplus": ("mplus", {}),
+    "mamba": ("bmojo", dict(mix="ssm")),
+    "hybrid": ("bmojo", dict(mix="window,ssm")),
+    "bmojo_f": ("bmojo", dict(eidetic=0)),
+    "bmojo": ("bmojo", {}),
     "gca": ("gca", {}),
 }
 
@@ -39,14 +48,13 @@ def build(name, **fields):
         raise UserError(f"{name}: {refusal}") from None
 
 
-def load(path, **fields):
-    """The room in a checkpoint of train.py, and the checkpoint: a file, or a folder that holds best.pt or last.pt. Fields
-    that shape no weights may differ from those it was trained with: a larger bank or window, to read further."""
+def load(path):
+    """The room in a checkpoint of train.py, and the checkpoint: a file, or a folder that holds best.pt or last.pt."""
     from . import stream
     path = Path(path)
     if path.is_dir():
         path = next((path / f for f in ("best.pt", "last.pt") if (path / f).exists()), path / "last.pt")
     checkpoint = stream.load(path, "checkpoint")
-    room = build(checkpoint["room"], **{**checkpoint["config"], **fields})
+    room = build(checkpoint["room"], **checkpoint["config"])
     room.load_state_dict(checkpoint["model"])
     return room, checkpoint

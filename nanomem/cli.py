@@ -75,6 +75,15 @@ def peek(argv, name, default):
     return default
 
 
+def variant(text):
+    """A name with settings behind it, "hmt:slots=1:search=uniform" -> ("hmt", {"slots": "1", "search": "uniform"})."""
+    name, *settings = text.split(":")
+    for s in settings:
+        if "=" not in s:
+            raise UserError(f"{text}: settings follow a name as :field=value, got :{s}")
+    return name, dict(s.split("=", 1) for s in settings)
+
+
 def usage(*classes):
     """Print the docstring of the script that runs and every field with its default and comment."""
     print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))

@@ -28,7 +28,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from .cli import UserError, nearest, parse, run
+from .cli import UserError, nearest, parse, run, value, variant
 
 HERE = Path(__file__).parent
 
@@ -243,7 +243,7 @@ class Batch(NamedTuple):
     y: torch.Tensor       # (B, T) the tokens that come next, -1 where nothing is scored
     fresh: torch.Tensor   # (B,) this row opens a new book
     at: torch.Tensor      # (B, T) where a target stands: tokens of its book before it, or since its answer was seen
-    book: torch.Tensor    # (B,) which book, -1 for none
+    book: torch.Tensor    # (B,) which book, -1 for none; (B, T) where a row takes turns between several
 
     def to(self, device):
         return Batch(*(t.to(device, non_blocking=True) for t in self))
@@ -259,9 +259,16 @@ class Bookmarks:
 
     With fewer books than bookmarks, the books are cut into pieces of equal length first, about four for each bookmark;
     `piece` sets that length. Memory starts afresh in each piece.
+
+    `interleave` bookmarks share a row and take turns, `turn` tokens each; a target stays in its own book. The row is
+    fresh when any of them opens a book.
     """
 
-    def __init__(self, books, rows, T, seed=0, once=False, piece=None):
+    def __init__(self, books, rows, T, seed=0, once=False, piece=None, interleave=1, turn=1):
+        if interleave < 1 or T % (interleave * turn):
+            raise UserError(f"{interleave} books do not take even turns of {turn} tokens in a window of {T}")
+        self.turns, self.turn = interleave, turn
+        rows, T = rows * interleave, T // interleave
         self.books, self.B, self.T, self.seed, self.once = books, rows, T, seed, once
         if piece is None and len(books) < rows and not once:
             piece = max(T, sum(len(t) - 1 for t in books.tokens) // (4 * rows) // T * T)
@@ -298,7 +305,15 @@ class Bookmarks:
             self.marks[row] = mark
         if (book < 0).all():
             raise StopIteration
+        if self.turns > 1:
+            fresh = (fresh & (book >= 0)).reshape(self.turns, -1).any(0)   # a bookmark with nothing left to read is not
+            x, y, at, book = map(self.take_turns, (x, y, at, np.broadcast_to(book[:, None], x.shape)))
         return Batch(*map(torch.from_numpy, (x, y, fresh, at, book)))
+
+    def take_turns(self, rows):
+        """Windows (G*B, T/G) of G*B bookmarks -> (B, T): row b is turn 0 of bookmarks b, B+b, 2B+b, ..., then 1."""
+        return rows.reshape(self.turns, -1, self.T // self.turn, self.turn).transpose(1, 2, 0, 3).reshape(
+            self.B // self.turns, -1)
 
     def state_dict(self):
         return dict(dealt=self.dealt, marks=[m and list(m) for m in self.marks], pieces=len(self.pieces))
@@ -315,12 +330,17 @@ class Bookmarks:
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic streams. A generator makes x, y and at (B, T) of Batch; every row is a document of its own.
 
-NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 16, 64   # the vocabulary: 16 symbols of noise, 32 values, 16 keys
+NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 64, 112   # the vocabulary: 16 symbols of noise, 32 values, 64 keys
 
 
 def filler(rng, B, T):
     """Noise and values that belong to no key, so that having seen a value says nothing."""
     return rng.integers(NOISE + VALUES, size=(B, T))
+
+
+def keys(rng, B, n):
+    """n different keys a row, of the first 16 if that is enough: to know more of them only takes longer to learn."""
+    return NOISE + VALUES + rng.permuted(np.tile(np.arange(max(16, n)), (B, 1)), axis=1)[:, :n]
 
 
 def recall(rng, B, T, pairs=2, asks=0):
@@ -332,7 +352,7 @@ def recall(rng, B, T, pairs=2, asks=0):
         raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
     places = np.sort(places.reshape(B, pairs, asks + 1))
-    key = NOISE + VALUES + rng.permuted(np.tile(np.arange(KEYS), (B, 1)), axis=1)[:, :pairs, None]
+    key = keys(rng, B, pairs)[..., None]
     value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
     x, rows = filler(rng, B, T), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
@@ -341,21 +361,26 @@ def recall(rng, B, T, pairs=2, asks=0):
     return x, y, at
 
 
-def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
+def needle(rng, B, T, distance=0, pairs=1, asks=1, hops=1, notice=0):
     """Keys with their values (needles) in a haystack of noise; each key comes back `asks` times and asks for its value.
-    All places are drawn uniformly. With more hops, a key is followed by another key, which stands elsewhere, and only
-    the last one by the value. A question can be announced: then its key also stands `notice` tokens before it, for
-    rooms that need a while to fetch the answer."""
+    All places are drawn uniformly; a single question may also stand at the end, `distance` tokens behind its needle.
+    With more hops, a key is followed by another key, which stands elsewhere, and only the last one by the value. A
+    question can be announced: then its key also stands `notice` tokens before it, for rooms that need a while to fetch
+    the answer."""
     unit = notice + 2                                                # tokens that a needle or a question takes
     if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // unit:
         raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit "
                         f"into {KEYS} keys and {T} tokens")
-    deal = lambda n, *shape: rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :np.prod(shape)].reshape(B, *shape)
-    starts = unit * np.sort(deal(T // unit, pairs, hops + asks))     # a pair's needle stands before its questions
+    if distance and not (2 <= distance < T and pairs == asks == hops == 1 and notice == 0):
+        raise UserError(f"a needle at distance {distance} does not fit into {T} tokens, or is not the only one")
+    starts = rng.permuted(np.tile(np.arange(T // unit), (B, 1)), axis=1)[:, :pairs * (hops + asks)]
+    starts = unit * np.sort(starts.reshape(B, pairs, hops + asks))   # a pair's needle stands before its questions
     places = starts[..., :hops] + 2 * rng.integers(unit // 2, size=(B, pairs, hops))
     ask = starts[..., hops:] + unit - 1
+    if distance:
+        places[:], ask[:] = T - 1 - distance, T - 1
     value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
-    chain = np.concatenate([NOISE + VALUES + deal(KEYS, pairs, hops), value], 2)           # key, ..., key, value
+    chain = np.concatenate([keys(rng, B, pairs * hops).reshape(B, pairs, hops), value], 2)   # key, ..., key, value
     x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
     x[rows, places], x[rows, places + 1] = chain[..., :-1], chain[..., 1:]
@@ -364,36 +389,94 @@ def needle(rng, B, T, pairs=1, asks=1, hops=1, notice=0):
     return x, y, at
 
 
-STREAMS = {"recall": recall, "needle": needle}
+def planted(rng, B, T, pairs=1, plant=16, gap=64, every=4):
+    """The first `plant` tokens are nothing but pairs, as in `recall`; then comes noise, in which from token `gap` on
+    one of `every` tokens is one of the keys and asks again. No answer follows, so that nothing nearer helps."""
+    if not plant <= gap <= T - every or every < 1:
+        raise UserError(f"pairs in {plant} tokens and questions every {every} from {gap} on do not fit into {T} tokens")
+    x, rows = rng.integers(NOISE, size=(B, T)), np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :plant], y[:, :plant], at[:, :plant] = recall(rng, B, plant, pairs, plant // (2 * max(1, pairs)) - 1)
+    known = np.nonzero(y >= 0)[1].reshape(B, -1)                         # where a key has come back
+    asks = np.arange(gap, T - every + 1, every) + rng.integers(every, size=(B, (T - gap) // every))
+    again = np.take_along_axis(known, rng.integers(known.shape[1], size=asks.shape), 1)
+    x[rows, asks], y[rows, asks] = x[rows, again], y[rows, again]
+    last = ((x[:, None, :plant] == x[rows, asks][..., None]) * np.arange(plant)).max(-1)
+    at[rows, asks] = asks - last
+    return x, y, at
 
 
-def stream_of(text):
-    """The generator of a stream and its knobs, written as in needle:pairs=8:notice=16. Raises UserError."""
-    name, *typed = text.split(":")
-    if name not in STREAMS:
-        raise UserError(f"no stream is called {name}: {nearest(name, list(STREAMS))}")
-    known, knobs = list(inspect.signature(STREAMS[name]).parameters)[3:], {}     # behind rng, B and T
-    for knob, _, value in (word.partition("=") for word in typed):
-        if knob not in known:
-            raise UserError(f"{name} has no knob {knob}: {nearest(knob, known)}")
-        if not value.isdigit():
-            raise UserError(f"{name}'s knob {knob} needs a whole number: {knob}=1, for example")
-        knobs[knob] = int(value)
-    return STREAMS[name], knobs
+def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
+    """Multi-query associative recall (Zoology 2312.04927). All pairs stand at the beginning (0: one for 8 tokens of the
+    text); later each key comes once more, alone, and asks for its value. The question takes the g-th free place with a
+    probability that goes like g^(power - 1), so most come soon. The rest is blank, or noise."""
+    pairs = pairs or min(16, T // 8)
+    if not 0 < pairs <= VALUES or 4 * pairs > T:
+        raise UserError(f"{pairs} pairs and their questions do not fit into {VALUES} values and {T} tokens")
+    free = np.arange(2 * pairs, T - 1, 2)
+    chance = (power - 1) * np.log(np.arange(1, len(free) + 1)) + rng.gumbel(size=(B, len(free)))
+    asks = free[np.argsort(-chance, 1)[:, :pairs]]   # the largest: drawn one after the other without replacement
+    key = keys(rng, B, pairs)
+    value = NOISE + rng.permuted(np.tile(np.arange(VALUES), (B, 1)), axis=1)[:, :pairs]
+    x, rows = filler(rng, B, T) * noise, np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :2 * pairs] = np.stack([key, value], 2).reshape(B, -1)
+    x[rows, asks], y[rows, asks], at[rows, asks] = key, value, asks - np.arange(0, 2 * pairs, 2)
+    return x, y, at
+
+
+def retain(rng, B, T, facts=0, chunk=4):
+    """A text in chunks, to be read with segments of that length. Some tell a fact, a key and its value; some begin with
+    the key of one told before and ask for the value, each once; the rest is filler. With facts=0 there are 16, or as
+    many as fit. at // chunk is the number of chunks between fact and question."""
+    n = T // chunk
+    facts = facts or min(16, n // 2)
+    if not 0 < facts <= min(KEYS, n // 2) or chunk < 4:
+        raise UserError(f"{facts} facts and their questions do not fit into {KEYS} keys and {n} chunks of {chunk}")
+    told, asked = np.sort(rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)[:, :2 * facts].reshape(B, facts, 2)).T
+    places, asked = told.T * chunk + rng.integers(1, chunk - 1, size=(B, facts)), asked.T * chunk
+    key = keys(rng, B, facts)
+    value = NOISE + rng.integers(VALUES, size=(B, facts))
+    x, rows = filler(rng, B, T), np.arange(B)[:, None]
+    y, at = np.full_like(x, -1), np.zeros_like(x)
+    x[rows, places], x[rows, places + 1], x[rows, asked] = key, value, key
+    y[rows, asked], at[rows, asked] = value, asked - places
+    return x, y, at
+
+
+STREAMS = {"recall": recall, "needle": needle, "planted": planted, "mqar": mqar, "retain": retain}
+
+
+def is_stream(name):
+    """Whether --data=name means a synthetic stream, whose knobs may stand behind it."""
+    return name.partition(":")[0] in STREAMS
 
 
 class Synthetic:
-    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone."""
+    """Windows of a generator through the interface of Bookmarks; batch i depends on seed and i alone. Its knobs may
+    stand behind its name, "recall:pairs=8", or be given as arguments, which win. With windows=n a row lasts for n
+    windows, and back-propagation, which stays in one, reaches a part of it."""
 
     def __init__(self, name, rows, T, seed=0, **knobs):
-        self.make, typed = stream_of(name)
-        self.B, self.T, self.seed, self.knobs, self.i = rows, T, seed, {**typed, **knobs}, 0
+        name, typed = variant(name)
+        self.make, self.B, self.T, self.seed, self.i = STREAMS[name], rows, T, seed, 0
+        known = dict(windows=1, **{k: p.default for k, p in inspect.signature(self.make).parameters.items()})
+        known = {k: default for k, default in known.items() if k not in ("rng", "B", "T")}
+        for k in typed:
+            if k not in known:
+                raise UserError(f"{name} has no knob {k}: {nearest(k, list(known))}")
+        self.knobs = {**{k: value(f"data={name}:{k}", v, type(known[k])) for k, v in typed.items()}, **knobs}
+        self.n = self.knobs.pop("windows", 1)
+        if self.n < 1:
+            raise UserError(f"a row lasts for one window at least, got windows={self.n}")
 
     def next(self):
-        x, y, at = self.make(np.random.default_rng((self.seed, self.i)), self.B, self.T, **self.knobs)
-        book = np.arange(self.i * self.B, (self.i + 1) * self.B)
+        row, part = divmod(self.i, self.n)
         self.i += 1
-        return Batch(*map(torch.from_numpy, (x, y, np.ones(self.B, bool), at, book)))
+        x, y, at = self.make(np.random.default_rng((self.seed, row)), self.B, self.T * self.n, **self.knobs)
+        x, y, at = (a[:, part * self.T:(part + 1) * self.T] for a in (x, y, at))
+        book = np.arange(row * self.B, (row + 1) * self.B)
+        return Batch(*map(torch.from_numpy, (x, y, np.full(self.B, part == 0), at, book)))
 
     def state_dict(self):
         return dict(i=self.i)

@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x, turn, past=None, mask=None):
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3 * self.heads, -1).transpose(1, 2).split([2 * self.heads, self.heads], 1)
+        qk, v = self.qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).split([2 * self.heads, self.heads], 1)
         q, k = rotate(norm(qk), turn).type_as(v).chunk(2, 1)                            # (B, H, T, D) as v
         if past is not None:
             k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
@@ -87,10 +87,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, wide=0):
         super().__init__()
-        self.up = nn.Linear(c.width, 4 * c.width, bias=False)
-        self.out = nn.Linear(4 * c.width, c.width, bias=False)
+        wide = wide or 4 * c.width
+        self.up = nn.Linear(c.width, wide, bias=False)
+        self.out = nn.Linear(wide, c.width, bias=False)
 
     def forward(self, x):
         return self.out(F.relu(self.up(x)).square())
@@ -158,6 +159,10 @@ class GPT(nn.Module):
             x, kv = block(x, turn, past, mask)
             longer.append(kv)
         return norm(x), longer
+
+    def scored(self):
+        """Which of a segment's S predictions count in loss and score: all of them, unless a room looks ahead."""
+        return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def init_state(self, B):
         return {}

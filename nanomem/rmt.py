@@ -10,26 +10,30 @@ from .gpt import GPT
 
 @dataclass
 class Config(gpt.Config):
-    mem: int = -1   # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
+    mem: int = -1      # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
+    sensory: int = -1  # k, last tokens of the segment before that are read again; -1 takes an eighth of a segment
 
     M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
+    k = property(lambda c: c.sensory if c.sensory >= 0 else c.seg // 8)
 
     def __post_init__(self):
         super().__post_init__()
         assert self.mem >= -1, f"mem counts memory tokens, got {self.mem}"
+        assert -1 <= self.sensory <= self.seg, f"sensory is a part of the {self.seg} tokens before, got {self.sensory}"
 
 
 class RMT(GPT):
     """M memory tokens stand before the segment, where every token can read them, and once more behind it, where they
     can see everything and are rewritten: what the trunk makes of the copies behind is the next memory.
 
-    state    mem (B, M, C)
-    read     the copy in front is M ordinary rows of the causal sequence [mem ; segment ; mem]
+    state    mem (B, M, C)   ids (B, k) the last tokens of the segment before, -1 where a book has just begun
+    read     the copy in front is M ordinary rows of the causal sequence [mem ; sensory ; segment ; mem]
     write    the last hidden states of the copy behind, M_{n+1}; no logit of this segment sees them
     paper    Recurrent Memory Transformer 2207.06881, section 3.2 and figure 2
-    departs  no Transformer-XL cache beside the memory (the paper tries both); the rows of one copy see each other
-             causally (in the paper both ways), so that the fused kernel needs no mask; our embeddings have unit RMS as
-             hidden states do, so that the memory needs no gain
+    departs  the last k tokens are read again, as in HMT, so that the two rooms differ by the search alone (sensory=0 is
+             the paper); no Transformer-XL cache beside the memory (the paper tries both); the rows of one copy see each
+             other causally (in the paper both ways), so that the fused kernel needs no mask; our embeddings have unit
+             RMS as hidden states do, so that the memory needs no gain
     """
     Config = Config
 
@@ -38,18 +42,31 @@ class RMT(GPT):
         self.mem = nn.Parameter(torch.randn(c.M, c.width))
 
     def init_state(self, B):
-        return dict(mem=self.mem.expand(B, -1, -1).clone())
+        return dict(mem=self.mem.expand(B, -1, -1).clone(),
+                    ids=torch.full((B, self.c.k), -1, device=self.mem.device))
+
+    def again(self, ids):
+        """Tokens of the segment before, embedded anew; zeros where there was none, so that shapes never change."""
+        return self.embed(ids.clamp(min=0)) * (ids >= 0)[..., None]           # (B, k, C)
 
     def read(self, state):
-        return self.trunk(state["mem"])[1]
+        return state["ids"], self.trunk(torch.cat([state["mem"], self.again(state["ids"])], 1))[1]
+
+    def extend(self, tokens, cache):
+        ids, cache = cache
+        logits, cache = super().extend(tokens, cache)
+        return logits, (torch.cat([ids, tokens], 1)[:, tokens.size(1):], cache)
 
     def write(self, cache, state):
+        ids, cache = cache
         h, _ = self.trunk(state["mem"], cache)
-        return dict(mem=h.to(state["mem"].dtype))
+        return dict(mem=h.to(state["mem"].dtype), ids=ids.clone())
 
     def forward(self, tokens, state):
-        """Read, extend and write in one pass over [mem ; tokens ; mem]."""
-        M, T, mem = self.c.M, tokens.size(1), state["mem"]
-        assert T == self.c.seg, f"a segment is {self.c.seg} tokens, got {T}"
-        h, _ = self.trunk(torch.cat([mem, self.embed(tokens), mem], 1))       # (B, M+S+M, C)
-        return self.head(h[:, M:M + T]), dict(mem=h[:, M + T:].to(mem.dtype, copy=True))
+        """Read, extend and write in one pass over [mem ; sensory ; tokens ; mem]."""
+        c, T, mem = self.c, tokens.size(1), state["mem"]
+        assert T == c.seg, f"a segment is {c.seg} tokens, got {T}"
+        h, _ = self.trunk(torch.cat([mem, self.again(state["ids"]), self.embed(tokens), mem], 1))   # (B, M+k+S+M, C)
+        first = c.M + c.k
+        return self.head(h[:, first:first + T]), dict(mem=h[:, first + T:].to(mem.dtype, copy=True),
+                                                      ids=tokens[:, T - c.k:].clone())

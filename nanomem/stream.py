@@ -25,6 +25,14 @@ def detach(state):
     return {k: v.detach() for k, v in state.items()}
 
 
+def scored(batch, *rooms):
+    """The batch with targets of -1 wherever one of these rooms must not be scored: where it has seen the target."""
+    y = batch.y
+    for room in rooms:
+        y = y.masked_fill(~room.scored().repeat(y.size(1) // room.c.seg), -1)
+    return batch._replace(y=y)
+
+
 def nbytes(state):
     """Bytes that are remembered for one row."""
     return sum(v[0].nbytes for v in state.values())
@@ -124,21 +132,23 @@ def replay(room, step, x, y, state, scale):
 # Evaluation and generation
 
 @torch.no_grad()
-def evaluate(room, loader, windows=None, dtype=None):
+def evaluate(room, loader, windows=None, dtype=None, like=(), change=lambda state: state):
     """Read windows of a loader in order (all of a `once` loader, or the first `windows`), the state carried from one to
     the next. Yields (batch, nll (B, T) in nats, 0 where nothing is scored, hit (B, T): the likeliest token is right).
+    Rooms are compared on the same positions: what one of the rooms `like` must leave out, this one leaves out too.
+    `change` makes the state that a segment sees of the one it should see: what memory is worth is what this costs.
     """
     state, device = None, device_of(room)
     while windows is None or windows > 0:
         try:
-            batch = loader.next().to(device)
+            batch = scored(loader.next().to(device), room, *like)
         except StopIteration:
             return
         state = enter(room, state or room.init_state(len(batch.x)), batch.fresh)
         nll, hit = [], []
         for x, y in segments(room, batch.x, batch.y):
             with precision(room, dtype):
-                logits, state = room(x, state)
+                logits, state = room(x, change(state))
             nll.append(F.cross_entropy(logits.transpose(1, 2).float(), y, ignore_index=-1, reduction="none"))
             hit.append(logits.argmax(-1) == y)
         yield batch, torch.cat(nll, 1), torch.cat(hit, 1)

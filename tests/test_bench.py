@@ -14,7 +14,7 @@ from nanomem.cli import UserError
 
 from conftest import tiny
 
-SMALL = ["--steps=2", "--recall_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16",
+SMALL = ["--steps=2", "--stream_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16",
          "--batch=2", "--segments=2", "--read=2048"]
 
 
@@ -54,17 +54,26 @@ def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeyp
     monkeypatch.setattr(data.Bookmarks, "next", next_)
     with pytest.raises(KeyboardInterrupt):
         bench.main([*argv, f"--out={tmp_path / 'parts'}"])
-    assert stream.load(tmp_path / "parts" / "depth-rmt" / "last.pt", "checkpoint")["step"] == 2
+    assert stream.load(tmp_path / "parts" / "depth-rmt-1" / "last.pt", "checkpoint")["step"] == 2
     bench.main([*argv, f"--out={tmp_path / 'parts'}"])
-    one, two = (nanomem.load(tmp_path / d / "depth-rmt")[0].state_dict() for d in ("whole", "parts"))
+    one, two = (nanomem.load(tmp_path / d / "depth-rmt-1")[0].state_dict() for d in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_side_by_side_is_one_after_the_other(tmp_path, shards):
+    argv = [*SMALL, "--rooms=gpt,rmt", "--tasks=depth,recall", f"--data={shards}"]
+    for n in (1, 2):
+        bench.main([*argv, f"--out={tmp_path / str(n)}", f"--jobs={n}"])
+    one, two = (json.loads((tmp_path / n / "report.json").read_text())["rooms"] for n in "12")
+    assert one == two
 
 
 def test_other_settings_train_anew(tmp_path, shards):
     argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
     bench.main(argv)
     bench.main([*argv, "--width=32"])
-    assert nanomem.load(tmp_path / "out" / "depth-gpt")[1]["config"]["width"] == 32
+    assert nanomem.load(tmp_path / "out" / "depth-gpt-1")[1]["config"]["width"] == 32
 
 
 @pytest.mark.parametrize("argv, why", [
@@ -82,8 +91,9 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
         bench.main([*SMALL, "--plot"])
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    bench.main([*SMALL, "--rooms=gpt,rmt", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
-    assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall"))
+    argv = [*SMALL, "--rooms=gpt,memformer", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main([*argv, "--plot"])
+    assert all("<svg" in (tmp_path / f"{t}.svg").read_text() for t in ("depth", "recall", "writing-memformer"))
 
 
 @torch.no_grad()
@@ -91,6 +101,7 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
     room = tiny("rmt", vocab=320)
     books = data.open_shards(shards, "validation")
     found = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2))
+    few = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2, upto=100))
     nats = 0.0
     for tokens in books.tokens:                               # the slow way: a book at a time
         ids, state = torch.tensor(tokens.astype(np.int64))[None], room.init_state(1)
@@ -99,11 +110,46 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
             logits, state = room(torch.nn.functional.pad(x, (0, room.c.seg - x.size(1))), state)
             nats += torch.nn.functional.cross_entropy(logits[0, :y.size(1)], y[0], reduction="sum").item()
     n = sum(books.sizes)
+    assert few["all"]["tokens"] == 100 * len(books.tokens)
     assert found["all"]["tokens"] == n and abs(found["all"]["loss"] - nats / n) < 1e-4
     assert abs(found["all"]["bits_per_byte"] - nats / n / np.log(2)) < 1e-4     # one byte a token
     assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(books.words)) - 1) < 1e-3
     assert found["parameters"] == sum(p.numel() for p in room.parameters())
     assert sum(s["tokens"] for s in found["by_position"]) == n
+
+
+def test_a_room_without_memory_does_not_care_who_takes_turns(shards):
+    room, checkpoint = tiny("gpt", vocab=320), dict(run=dict(tokenizer="bytes"))
+    one, two = (bench.depth(room, checkpoint, bench.Bench(data=str(shards), segments=2, interleave=n)) for n in (1, 2))
+    assert abs(one["all"]["loss"] - two["all"]["loss"]) < 1e-6 and one["extra"] == 0
+    assert np.allclose(one["all"]["by_book"], two["all"]["by_book"])
+
+
+def test_a_search_that_looks_at_its_own_book_alone_is_told_from_chance(shards):
+    room, b = tiny("hmt", vocab=320, bank=4), bench.Bench(data=str(shards), segments=2, interleave=2)
+    books = data.open_shards(shards, "validation")
+    blind = tiny("hmt", vocab=320, bank=4, search="uniform")
+    found = bench.strangers(blind, books, b)
+    assert abs(found["own"] - found["chance"]) < 1e-6 and 0.4 < found["chance"] <= 0.5
+    room.weights = lambda state, tokens=None: torch.eye(4)[2].expand(len(state["n"]), room.c.M, 4)   # two segments ago
+    assert bench.strangers(room, books, b)["own"] == 1
+    b.turn, b.segments = 2, 4
+    assert bench.strangers(room, books, b)["own"] == 0                # two segments ago it was the other's turn
+
+
+def test_slots_that_keep_themselves_are_counted(shards):
+    room, books = tiny("memformer", vocab=320, seg=16), data.open_shards(shards, "validation")
+    for kept, retain in ((0.9, 1), (0.5, 0), (0.1, 0)):
+        room.weights = lambda x, state: torch.full((len(x), 2, room.c.M, 17), kept)
+        found = bench.writing(room, books, bench.Bench(segments=2), windows=2)
+        assert len(found) == 4 and all(f["retain"] == retain and f["overwrite"] == (kept < 0.3) for f in found)
+
+
+def test_nobody_is_scored_where_one_room_has_seen_the_target(shards):
+    books, S = data.open_shards(shards, "validation"), 16
+    b = bench.Bench(data=str(shards), segments=2, seg=S, rooms="gpt,hmt:query=paper")
+    for x in bench.losses_of(tiny("gpt", vocab=320, seg=S), books, b):
+        assert (np.isnan(x) == (np.arange(len(x)) % S < S // 2 - 1)).all()
 
 
 def test_live_bytes_counts_what_is_alive_at_once():
@@ -133,6 +179,17 @@ def test_replay_holds_one_segment_however_many_there_are(name):
     assert peak(stream.replay, 16) - peak(stream.replay, 4) <= 12 * kept * 1.1
 
 
+def test_the_three_ways_of_replay_stand_in_one_table_beside_the_papers():
+    found = bench.replay(tiny("memformer", mem=4, layers=1, vocab=640), through=(2, 4, 16), rounds=1)
+    peak = {way: [x["peak"] for x in rows] for way, rows in found.items()}
+    assert [x["K"] for x in found["bptt"]] == [2, 4, 16] and all(x["ms"] > 0 for r in found.values() for x in r)
+    assert peak["bptt"][-1] > 3 * peak["bptt"][1]
+    assert peak["replay"][-1] < 1.05 * peak["replay"][1] and peak["checkpoint"][-1] < 1.05 * peak["checkpoint"][1]
+    text, = bench.replay_table({"memformer": found})
+    assert text.count("| memformer |") == text.count("| the paper |") == 3 and "0.45x, 1.11x" in text
+    assert bench.replay_table({}) == []
+
+
 def test_the_plain_model_is_as_large_as_gpt():
     c = nanomem.build("gpt").c
     size = lambda m: sum(p.numel() for p in m.parameters())
@@ -142,5 +199,44 @@ def test_the_plain_model_is_as_large_as_gpt():
 
 
 def test_names_with_spaces_and_none_mean_all():
-    assert bench.names("", bench.TASKS, "tasks") == list(bench.TASKS)
-    assert bench.names("depth, cost", bench.TASKS, "tasks") == ["depth", "cost"]
+    assert bench.rooms_of("", "depth") == bench.COMPARED.split(",")
+    assert bench.rooms_of("gpt, rmt:mem=2", "depth") == ["gpt", "rmt:mem=2"]
+
+
+@pytest.mark.parametrize("rooms, why", [
+    ("rmt:slots=1", "unknown flag --slots"), ("rmt:mem", "settings follow a name as :field=value, got :mem"),
+    ("rmt:mem=x", "takes a whole number")])
+def test_a_wrong_setting_is_one_sentence(rooms, why):
+    with pytest.raises(UserError, match=why):
+        bench.main([f"--rooms={rooms}"])
+
+
+def test_settings_make_a_room_of_their_own(tmp_path, shards):
+    argv = [*SMALL, "--rooms=rmt,rmt:mem=1", "--tasks=depth,recall", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main([*argv, "--seeds=2"])
+    found = json.loads((tmp_path / "report.json").read_text())["rooms"]
+    assert found["rmt:mem=1"]["depth"]["parameters"] == found["rmt"]["depth"]["parameters"] - 16 * 3
+    cell = found["rmt"]["recall"][0]
+    assert len(cell["each"]) == 2 and abs(sum(cell["each"]) / 2 - cell["accuracy"]) < 1e-9
+
+
+@pytest.mark.parametrize("pairs", [2, 8, 16, 32, 64])
+def test_every_number_of_pairs_fits_into_its_texts(pairs):
+    t = bench.trial_of(bench.Bench(pairs=pairs), "recall")
+    for name, segments in ((t.data or "recall", t.segments), (t.test, t.lengths[0])):
+        batch = data.Synthetic(name, 2, 16 * segments).next()
+        assert (batch.y >= 0).any(1).all() and batch.at.max() < t.edges[-1]
+
+
+def test_memory_is_worth_nothing_where_there_is_none(shards):
+    b, checkpoint = bench.Bench(data=str(shards), segments=2), dict(run=dict(tokenizer="bytes"))
+    worth = {n: bench.depth(tiny(n, vocab=320), checkpoint, b)["all"]["memory"] for n in ("gpt", "xl")}
+    assert worth["gpt"] == 0 and abs(worth["xl"]) > 1e-3
+
+
+def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
+    theirs = [[10.0 * n, n] for n in (5, 7, 100)]
+    mean, low, high = bench.interval([[nats - n / 2, n] for nats, n in theirs], theirs)
+    assert mean == low == high == -0.5
+    mean, low, high = bench.interval([[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))], theirs)
+    assert low < mean < high and abs(mean - 3 / 112) < 1e-12

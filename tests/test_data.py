@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
 from nanomem import data
 from nanomem.cli import UserError
@@ -180,8 +181,42 @@ def test_epochs_are_shuffled_differently_and_the_seed_decides():
     assert order(1) == order(1) and order(1)[:12] != order(1)[12:] and order(1) != order(2)
 
 
+@pytest.mark.parametrize("turns", [2, 3])
+def test_a_row_takes_turns_between_its_books_and_every_target_stays_in_its_own(turns):
+    """The same law as above, segment by segment; a book goes on after its turn where it was before."""
+    lengths, S = (50, 7, 33, 20, 1, 64, 12, 29), 4
+    loader = data.Bookmarks(books(*lengths), rows=2, T=2 * turns * S, once=True, interleave=turns, turn=S)
+    seen = []
+    with pytest.raises(StopIteration):
+        while True:
+            batch = loader.next()
+            for row in range(2):
+                begins = False
+                for s in range(2 * turns):
+                    here = slice(s * S, (s + 1) * S)
+                    x, y, at, book = (t[row, here] for t in (batch.x, batch.y, batch.at, batch.book))
+                    n = (y >= 0).sum()
+                    assert (book == book[0]).all() and (y[:n] == x[:n] + 1).all() and (y[n:] == -1).all()
+                    assert (y[:n] // 1000 == book[0]).all() and (at[:n] == y[:n] % 1000 - 1).all()
+                    assert s < turns or book[0] == batch.book[row, (s - turns) * S]
+                    begins |= bool(n) and at[0].item() == 0
+                    seen += y[:n].tolist()
+                assert begins == batch.fresh[row]
+                own = batch.book[row, :turns * S:S]
+                assert len(set(own[own >= 0].tolist())) == (own >= 0).sum(), "a book takes turns with itself"
+    assert sorted(seen) == sorted(1000 * b + i for b, n in enumerate(lengths) for i in range(1, n + 1))
+    for b in range(len(lengths)):
+        assert [t for t in seen if t // 1000 == b] == sorted(t for t in seen if t // 1000 == b)
+
+
+def test_turns_that_do_not_come_out_even_are_refused():
+    with pytest.raises(UserError, match="3 books do not take even turns of 16 tokens in a window of 64"):
+        data.Bookmarks(books(50, 50, 50), 1, 64, interleave=3, turn=16)
+
+
 @pytest.mark.parametrize("make", [lambda: data.Bookmarks(books(50, 7, 33, 20), rows=2, T=8),
-                                  lambda: data.Synthetic("recall", 2, 64)], ids=["books", "recall"])
+                                  lambda: data.Bookmarks(books(50, 7, 33, 20), rows=1, T=8, interleave=2, turn=2),
+                                  lambda: data.Synthetic("recall", 2, 64)], ids=["books", "interleaved", "recall"])
 def test_a_saved_position_goes_on_with_the_same_batches(make):
     loader, again = make(), make()
     read(loader, 5)
@@ -206,8 +241,34 @@ def test_the_answer_stands_where_the_distance_says(name):
     assert (batch.x[rows, t] == batch.x[rows, back]).all()                      # the same key stood there
     assert (batch.y[rows, t] == batch.x[rows, back + 1]).all()                  # and its value behind it
     for r, q, p in zip(rows, t, back):                                          # and nowhere in between
-        assert not (batch.x[r, p + 1:q] == batch.x[r, q]).any()
+        assert not ((batch.x[r, p + 1:q] == batch.x[r, q]) & (batch.x[r, p + 2:q + 1] == batch.y[r, q])).any()
     assert not data.Synthetic(name, 16, 128, seed=2).next().x.equal(batch.x)
+
+
+def test_every_question_of_mqar_has_its_pair_at_the_beginning():
+    x, y, at = data.mqar(np.random.default_rng(0), 50, 65, pairs=7)
+    for x, y, at in zip(x, y, at):
+        pairs = dict(zip(x[:14:2], x[1:14:2]))
+        keys, values = set(pairs), set(pairs.values())
+        assert len(keys) == len(values) == 7, "keys, or values, that are twice there"
+        asked = np.flatnonzero(y >= 0)
+        assert asked.min() >= 14 and (asked % 2 == 0).all() and sorted(x[asked]) == sorted(keys)
+        assert all(y[t] == pairs[x[t]] and x[t - at[t]] == x[t] and t - at[t] < 14 for t in asked)
+        rest = np.delete(x, [*range(14), *asked])
+        assert (rest == 0).all() and (np.delete(at, asked) == 0).all()
+    noisy = data.mqar(np.random.default_rng(0), 50, 65, pairs=7, noise=True)[0]
+    assert not set(noisy[:, 14:].ravel()) <= set(x) and noisy.max() < data.SYMBOLS
+
+
+def test_questions_of_mqar_come_soon_as_if_drawn_one_by_one():
+    """The places against numpy's own draws without replacement."""
+    rng = np.random.default_rng(0)
+    _, y, _ = data.mqar(rng, 4000, 40, pairs=5, power=0.3)
+    p = np.arange(1, 16) ** (0.3 - 1)
+    slow = np.stack([np.bincount(rng.choice(15, 5, replace=False, p=p / p.sum()), minlength=15) for _ in range(4000)])
+    assert np.abs((y[:, 10:40:2] >= 0).mean(0) - slow.mean(0)).max() < 0.03
+    even = (data.mqar(rng, 4000, 40, pairs=5, power=1)[1][:, 10:40:2] >= 0).mean(0)
+    assert np.abs(even - 1 / 3).max() < 0.03
 
 
 @pytest.mark.parametrize("pairs, asks, hops, notice", [(1, 1, 1, 0), (3, 2, 1, 0), (4, 3, 1, 8), (2, 2, 3, 16)])
@@ -216,7 +277,7 @@ def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
     batch = data.Synthetic(f"needle:pairs={pairs}:asks={asks}:hops={hops}:notice={notice}", 8, 256).next()
     for x, y, at in zip(batch.x, batch.y, batch.at):
         questions = (y >= 0).nonzero()[:, 0].tolist()
-        assert sorted(x[questions].bincount()[-data.KEYS:].tolist())[-pairs:] == [asks] * pairs
+        assert sorted(x[questions].bincount().tolist())[-pairs:] == [asks] * pairs
         assert (x >= data.NOISE).sum() == pairs * (2 * hops + asks * (1 + (notice > 0))), "values and keys only there"
         for t in questions:
             assert x[t - notice] == x[t]
@@ -227,15 +288,53 @@ def test_needles_are_followed_through_their_hops(pairs, asks, hops, notice):
             assert key == y[t] and place == t - at[t]
 
 
-@pytest.mark.parametrize("name, T, why", [
-    ("needle", 2, r"1 needles \(hops=1, notice=0\) that are asked for 1 times do not fit into 16 keys and 2 tokens"),
-    ("needle:pairs=9:hops=2", 256, r"9 needles \(hops=2"), ("needle:asks=0", 64, "asked for 0 times"),
-    ("needle:gap=3", 64, "needle has no knob gap"), ("needle:pairs", 64, "needle's knob pairs needs a whole number"),
-    ("needles", 64, "did you mean needle"), ("recall:pairs=17", 64, "17 pairs that are asked for"),
-    ("recall", 8, "2 pairs that are asked for 0 times")])
-def test_a_stream_that_cannot_be_is_refused(name, T, why):
-    with pytest.raises(UserError, match=why):
-        data.Synthetic(name, 4, T).next()
+def test_a_needle_lies_at_the_distance_asked_for():
+    assert (data.Synthetic("needle", 4, 64, distance=50).next().at[:, -1] == 50).all()
+    for make, why in [(lambda: data.Synthetic("needle", 4, 64, distance=64), "distance 64 does not fit into 64"),
+                      (lambda: data.Synthetic("recall", 4, 64, pairs=65), "65 pairs that are asked for"),
+                      (lambda: data.Synthetic("recall", 4, 8), "2 pairs that are asked for 0 times"),
+                      (lambda: data.Synthetic("recall:pair=3", 4, 64), "recall has no knob pair: did you mean pairs"),
+                      (lambda: data.Synthetic("recall:pairs=x", 4, 64), "takes a whole number"),
+                      (lambda: data.Synthetic("mqar", 4, 64, pairs=17), "17 pairs and their questions do not fit"),
+                      (lambda: data.Synthetic("retain", 4, 64, facts=9), "9 facts .* into 64 keys and 16 chunks of 4")]:
+        with pytest.raises(UserError, match=why):
+            make().next()
+
+
+def test_planted_pairs_are_asked_for_behind_a_gap_and_nobody_answers():
+    batch = data.Synthetic("planted:pairs=2:gap=40", 8, 96).next()
+    rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+    late = t >= 16
+    assert late.any() and t[late].min() >= 40
+    after = t[late] + 1 < 96
+    assert (batch.x[rows[late][after], t[late][after] + 1] != batch.y[rows[late][after], t[late][after]]).all()
+    with pytest.raises(UserError, match="from 96 on do not fit into 96 tokens"):
+        data.Synthetic("planted:gap=96", 8, 96).next()
+
+
+def test_a_row_that_lasts_for_several_windows_is_one_text():
+    whole, parts = data.Synthetic("planted", 4, 96), read(data.Synthetic("planted:windows=3", 4, 32), 6)
+    for i, batch in enumerate(read(whole, 2)):
+        three = parts[3 * i:3 * i + 3]
+        assert all(torch.cat([getattr(p, k) for p in three], 1).equal(getattr(batch, k)) for k in ("x", "y", "at"))
+        assert [p.fresh.tolist() for p in three] == [[True] * 4, [False] * 4, [False] * 4]
+        assert all(p.book.equal(batch.book) for p in three)
+
+
+def test_knobs_may_stand_behind_the_name():
+    one, two = data.Synthetic("needle:distance=50", 4, 64, seed=3), data.Synthetic("needle", 4, 64, seed=3, distance=50)
+    assert one.next().x.equal(two.next().x) and (one.next().at[:, -1] == 50).all()
+    assert (data.Synthetic("needle:distance=50", 4, 64, distance=9).next().at[:, -1] == 9).all()
+
+
+def test_retain_asks_once_for_each_fact_at_the_beginning_of_a_later_chunk():
+    for T, facts in (64, 8), (64, 3), (2048, 16):
+        batch = data.Synthetic("retain", 32, T, facts=facts if facts == 3 else 0).next()
+        rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+        told = t - batch.at[rows, t]
+        assert (t % 4 == 0).all() and (told % 4 > 0).all() and (batch.at[rows, t] // 4 == t // 4 - told // 4 - 1).all()
+        assert rows.bincount().tolist() == [facts] * 32
+        assert all(len(set(batch.x[r, t[rows == r]].tolist())) == facts for r in range(32)), "a key is asked for twice"
 
 
 def test_a_single_book_holds_out_its_own_end():

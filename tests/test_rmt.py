@@ -10,22 +10,35 @@ from test_room import S, V, close, text, walk, watch
 
 
 @torch.no_grad()
-def test_a_segment_is_one_causal_pass_over_memory_tokens_memory():
-    """The slow definition, with every row's mask written out."""
-    room, x = tiny("rmt", mem=3), text(K=1)
-    mem = room.init_state(2)["mem"]
-    rows = torch.cat([mem, room.embed(x), mem], 1)
-    h, _ = room.trunk(rows, mask=torch.ones(S + 6, S + 6).tril().bool())
-    logits, state = room(x, room.init_state(2))
-    assert close(logits, room.head(h[:, 3:-3])) and close(state["mem"], h[:, -3:])
+def test_a_segment_is_one_causal_pass_over_memory_sensory_tokens_memory():
+    """The slow definition, with every row's mask written out; a book begins with zeros as sensory tokens."""
+    room, tokens = tiny("rmt", mem=3, sensory=2), text(K=2)
+    state, before = room.init_state(2), torch.zeros(2, 2, TINY["width"])
+    for x in tokens.split(S, 1):
+        rows = torch.cat([state["mem"], before, room.embed(x), state["mem"]], 1)
+        h, _ = room.trunk(rows, mask=torch.ones(S + 8, S + 8).tril().bool())
+        logits, state = room(x, state)
+        assert close(logits, room.head(h[:, 5:-3])) and close(state["mem"], h[:, -3:])
+        before = room.embed(x[:, -2:])
 
 
 @torch.no_grad()
 def test_no_logit_of_a_segment_sees_the_write_slot():
-    room, x = tiny("rmt"), text(K=1)
+    room, x = tiny("rmt", sensory=0), text(K=1)
     state = room.init_state(2)
     alone = room.head(room.trunk(torch.cat([state["mem"], room.embed(x)], 1))[0][:, room.c.M:])
     assert close(room(x, state)[0], alone)
+
+
+@torch.no_grad()
+def test_sensory_tokens_are_the_last_k_and_no_more():
+    room, tokens = tiny("rmt", mem=0, sensory=5), text(K=2)
+    alone = room.head(room.trunk(room.embed(tokens[:, S - 5:]))[0][:, 5:])
+    assert close(walk(room, tokens)[0][:, S:], alone)
+    for t, moves in ((S - 6, False), (S - 5, True)):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % V
+        assert torch.equal(walk(room, tokens)[0][:, S:], walk(room, other)[0][:, S:]) != moves
 
 
 @torch.no_grad()
@@ -42,7 +55,7 @@ def test_only_the_copy_behind_can_be_written():
 
 @torch.no_grad()
 def test_without_its_memory_a_segment_stands_alone():
-    room, tokens = tiny("rmt", mem=0), text()
+    room, tokens = tiny("rmt", mem=0, sensory=0), text()
     alone = torch.cat([room(x, room.init_state(2))[0] for x in tokens.split(S, 1)], 1)
     assert torch.equal(walk(room, tokens)[0], alone)
 
@@ -83,8 +96,8 @@ def test_the_memory_costs_m_times_c_parameters():
 
 @torch.no_grad()
 def test_streaming_runs_the_same_positions_for_every_segment():
-    """Cost per segment is constant: M + S + M rows pass the trunk, however much was read."""
-    room, rows = tiny("rmt", mem=5), []
+    """Cost per segment is constant: M + k + S + M rows pass the trunk, however much was read."""
+    room, rows = tiny("rmt", mem=5, sensory=3), []
     room.blocks[0].register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
     walk(room, text(K=6))
-    assert rows == [S + 10] * 6
+    assert rows == [5 + 3 + S + 5] * 6

@@ -9,8 +9,11 @@ from nanomem.cli import UserError
 from conftest import TINY, tiny
 
 S, V = TINY["seg"], TINY["vocab"]
+# each memory switched off
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
-           rmt=dict(mem=0), gca=dict(topk=0, window=0))   # each memory switched off
+           rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt_split")},
+           memformer=dict(mem=0), memoryllm=dict(slots=0), mplus=dict(slots=0), gca=dict(topk=0, window=0),
+           **dict.fromkeys(("mamba", "hybrid", "bmojo_f", "bmojo"), dict(mix="window", window=0, conv=False)))
 
 
 def text(B=2, K=3, seed=0):
@@ -29,8 +32,9 @@ def walk(room, tokens, state=None):
 def watch(room, seen):
     """Collect the embedded tokens of every segment, each with its gradient after a backward."""
     def hook(module, args, y):
-        y.retain_grad()
-        seen.append(y)
+        if y.size(1) == S:             # not what is read again
+            y.retain_grad()
+            seen.append(y)
     room.embedding.register_forward_hook(hook)
 
 

@@ -1,0 +1,300 @@
+"""B'MOJO: a window of raw tokens, the outputs of a state space that fades, and the tokens that surprised it the most.
+
+    w tokens in a window and in a chunk     G chunks in a call     t tokens in each of them, less than w while decoding
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import gpt
+from .gpt import GPT, MLP, angles, attend, norm, rotate
+
+TAPS = 4   # tokens that the short convolution sees, and that the innovation compares: one and the three before it
+
+
+@dataclass
+class Config(gpt.Config):
+    mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
+    window: int = -1             # w, raw tokens that a token sees; -1: a quarter of a segment; 0: no past, plain GPT
+    eidetic: int = -1            # M, tokens kept for good; -1: as many as the window
+    state: int = -1              # N, channels by which a head's state is read and written; -1: as wide as the head
+    fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the w before the window
+    conv: bool = True            # a short convolution, which ties each token to the three before it
+    rope: bool = True            # positions, counted within two windows; the paper has none
+    select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo-hi
+
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are carried to the next segment
+                    next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
+    w = property(lambda c: c.past or c.seg)
+    N = property(lambda c: c.state if c.state > 0 else c.head_dim)
+    M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert {*self.mix.split(",")} <= {"bmojo", "ssm", "window"}, f"mix is of bmojo, ssm and window, got {self.mix}"
+        assert self.window >= -1 and self.seg % self.w == 0, f"window={self.window} does not cut {self.seg} tokens"
+        assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
+        assert self.eidetic >= -1 and self.state >= -1, f"eidetic={self.eidetic} and state={self.state} count"
+        assert re.fullmatch(r"innovation|random|\d+-\d+", self.select), f"select={self.select} is no way to choose"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state space: h_t = exp(a_t) h_{t-1} + x_t (x) b_t and y_t = h_t c_t, with one decay a_t <= 0 for each head
+
+def step(x, a, b, c, h):
+    """One token: x (B, 1, H, D), a (B, 1, H), b and c (B, 1, N), h (B, H, D, N) -> y (B, 1, H, D) and the next h."""
+    h = a[:, 0, :, None, None].exp() * h + x[:, 0, :, :, None] * b[:, 0, None, None]
+    return torch.einsum("bhdn,bn->bhd", h, c[:, 0])[:, None], h
+
+
+def decays(a):
+    """What is left at i of what came at j: exp of the sum of a over j < r <= i, a (..., n) -> (..., n, n)."""
+    a = a.cumsum(-1)
+    later = torch.ones(a.size(-1), a.size(-1), dtype=torch.bool, device=a.device).triu(1)
+    return (a[..., :, None] - a[..., None, :]).masked_fill(later, -math.inf).exp()
+
+
+def scan(x, a, b, c, h, Q=64):
+    """`step` for T tokens at once, in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside
+    each of K chunks of Q tokens, and all their states from what each of them adds."""
+    T, Q = x.size(1), min(Q, x.size(1))
+    x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)).unflatten(1, (-1, Q)) for v in (x, a, b, c))
+    a = a.permute(0, 3, 1, 2)                                                   # (B, H, K, Q)
+    left = decays(a)                                                            # (B, H, K, Q, Q)
+    y = torch.einsum("bkin,bkjn,bhkij,bkjhd->bkihd", c, b, left, x)             # of the same chunk
+    new = torch.einsum("bhkj,bkjhd,bkjn->bhkdn", left[..., -1, :], x, b)        # what a chunk adds to the state
+    h = torch.cat([h[:, :, None], new], 2)                                      # (B, H, 1+K, D, N)
+    h = torch.einsum("bhij,bhjdn->bhidn", decays(F.pad(a.sum(-1), (1, 0))), h)  # before each chunk, and at the end
+    y = y + torch.einsum("bhki,bkin,bhkdn->bkihd", a.cumsum(-1).exp(), c, h[:, :, :-1])
+    return y.flatten(1, 2)[:, :T], h[:, :, -1]
+
+
+class SSM(nn.Module):
+    """Mamba-2's block, on the heads of the attention: each forgets at a rate of its own, read from the token."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, C, H = c, c.width, c.heads
+        self.inp = nn.Linear(C, 2 * C + 2 * c.N + H, bias=False)
+        self.dt = nn.Parameter(torch.full((H,), math.log(math.expm1(0.1))))      # its softplus is 0.1
+        self.A = nn.Parameter(torch.linspace(math.log(0.01), 0, H))              # half lives of 7 to 700 tokens
+        self.skip = nn.Parameter(torch.ones(H))
+        self.out = nn.Linear(C, C, bias=False)
+
+    def forward(self, u, h):
+        C, H, N = self.c.width, self.c.heads, self.c.N
+        z, x, b, c, dt = self.inp(u).split([C, C, N, N, H], -1)
+        with torch.autocast(u.device.type, enabled=False):                       # decays want all their digits
+            x, b, c, dt = (v.type_as(self.A) for v in (x, b, c, dt))
+            x, b, c = x.unflatten(2, (H, -1)), norm(b), norm(c)                   # value, key and query, as it were
+            dt = F.softplus(dt + self.dt)                                        # (B, T, H)
+            y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
+            y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
+        return self.out(norm(y * F.silu(z))), h
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The attention: one softmax over raw, fading and eidetic tokens
+
+class Here:
+    """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
+
+    def __init__(self, c, tokens, n, P):
+        self.n, self.first, self.end = n, P - P % c.w, P + tokens.size(1)        # the first chunk begins at first
+        self.at = torch.arange(P, self.end, device=n.device)                     # (T,)
+        self.start = torch.arange(self.first, self.end, c.w, device=n.device)    # (G,) of each chunk
+        self.G = len(self.start)
+        self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
+        self.bonus = 0                                                           # (B, T), only for ablations
+        if c.select == "random":
+            self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
+        elif c.select != "innovation":
+            lo, hi = map(int, c.select.split("-"))
+            self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))
+
+    def see(self, p, lo, hi):
+        """Which tokens see places p (m,) of their chunk: at age lo to hi, if the text had begun there. (B, G, t, m)"""
+        begun = self.start[:, None] + p >= -self.n[:, None, None]                # (B, G, m)
+        return (self.j - p >= lo) & (self.j - p < hi) & begun[:, :, None]
+
+    def blocks(self, x, size):
+        """x (B, ., H, D) in blocks: chunk g sees block g, and g + 1 if there is one more. Pieces (B, G, size, H, D)."""
+        if self.G == 1:
+            return [x[:, None]]
+        x = x.unflatten(1, (-1, size))
+        return [x[:, i:i + self.G] for i in range(x.size(1) - self.G + 1)]
+
+
+class Attention(gpt.Attention):
+    """A token sees raw tokens of age 0 to w, outputs of the state space of age w to 2w (or the last n before its chunk)
+    and eidetic tokens of age w and more: the best when its chunk began, so that no chunk waits for another."""
+
+    def __init__(self, c, kind):
+        super().__init__(c)
+        self.c = c
+        self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
+
+    def start(self, zeros):
+        C, M, w = self.c.width, self.M, self.c.past
+        past = dict(kv=zeros(M + w, 2 * C))
+        if self.fading:
+            past.update(faded=zeros(2 * w, 2 * C))
+        if M:
+            past.update(eps=zeros(M + w) - 1, at=zeros(M + w).long(), y=zeros(TAPS - 1, C))
+        return past
+
+    def turn(self, k, p):
+        """Queries or keys (B, ., C) at places p: QK-norm and RoPE, (B, ., H, D)."""
+        turn = angles(p * self.c.rope, self.c.head_dim)
+        return rotate(norm(k.unflatten(-1, (self.heads, -1))), [x[:, None] for x in turn])
+
+    def surprise(self, y, past, here):
+        """The innovation of each token: how far y_t is from the mean of the outputs before it."""
+        y = torch.cat([past["y"], y.type_as(past["y"])], 1)                              # (B, 3+T, C)
+        guess = y.unfold(1, TAPS - 1, 1)[:, :-1].mean(-1)
+        eps = (y[:, TAPS - 1:] - guess).norm(dim=-1) + here.bonus                        # (B, T)
+        return dict(eps=torch.cat([past["eps"], eps], 1), at=torch.cat([past["at"], here.n[:, None] + here.at], 1),
+                    y=y[:, 1 - TAPS:])
+
+    def best(self, eps, before):
+        """The M largest of the first before (G,) of eps (B, .), -1 where there are fewer, and their indices."""
+        late = torch.arange(eps.size(1), device=eps.device) >= before[:, None]           # (G, .)
+        return eps[:, None].masked_fill(late, -1).topk(self.M, -1)                       # (B, G, M) both
+
+    def forward(self, u, y, past, here):
+        """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
+        c, M, w, G, first, (B, T, C) = self.c, self.M, self.c.w, here.G, here.first, u.shape
+        q, kv = self.qkv(u).split([C, 2 * C], -1)
+        kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
+        now = dict(kv=kv)
+
+        p = torch.arange(-c.past, here.end - first, device=u.device)                     # places, from the first chunk
+        seen = [(kv[:, M + first:], p, w, here.see(p[:c.past + w], 0, w))]
+
+        if self.fading:
+            faded = F.linear(y, self.qkv.weight[C:])
+            faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
+            p = torch.arange(-2 * w, (G - 1) * w, device=u.device)
+            mask = here.see(p[:2 * w], w, 2 * w) if self.fading < 0 else \
+                here.see(p[:2 * w], 0, 3 * w) & (p[:2 * w] >= -self.fading)
+            seen += [(faded[:, first:first + len(p)], p, w, mask)]
+
+        if M:
+            now.update(self.surprise(y, past, here))
+            eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
+            rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
+            age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
+            far = here.j + age[:, :, None] >= w                                          # (B, G, t, M)
+            seen += [(rows, (here.start - first - w).repeat_interleave(M), M, far & (eps >= 0)[:, :, None])]
+
+        keys, values = [], []
+        for rows, p, size, _ in seen:
+            k, v = rows.chunk(2, -1)
+            keys += here.blocks(self.turn(k, p), size)
+            values += here.blocks(v.unflatten(-1, (self.heads, -1)), size)
+        q = self.turn(q, here.at - first).unflatten(1, (G, -1))                          # (B, G, t, H, D)
+        q, k, v = (x.flatten(0, 1).transpose(1, 2).type_as(kv) for x in (q, torch.cat(keys, 2), torch.cat(values, 2)))
+        mask = torch.cat([m for *_, m in seen], -1).flatten(0, 1)[:, None]               # (BG, 1, t, m)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)), now
+
+    def close(self, past):
+        """The segment is over: of all rows the M eidetic and the last w stay."""
+        kv, w = past["kv"], self.c.past
+        i = torch.arange(kv.size(1) - w, kv.size(1), device=kv.device).expand(len(kv), -1)
+        if self.M:
+            eps, best = self.best(past["eps"], i.new_tensor([kv.size(1)]))
+            i = torch.cat([best[:, 0], i], 1)
+            past = dict(past, eps=F.pad(eps[:, 0], (0, w), value=-1), at=past["at"].gather(1, i))
+        if self.fading:
+            past = dict(past, faded=past["faded"][:, -2 * w:])
+        return dict(past, kv=kv.gather(1, i[..., None].expand(-1, -1, kv.size(2))))
+
+
+class Layer(nn.Module):
+    """A block of the size of GPT's: what the state space takes, the MLP gives."""
+
+    def __init__(self, c, kind):
+        super().__init__()
+        self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
+        self.ssm = SSM(c) if kind != "window" else None
+        self.attention = Attention(c, kind) if kind != "ssm" else None
+        spare = 12 * c.width ** 2 - sum(p.numel() for p in self.parameters())
+        self.mlp = MLP(c, max(8, spare // (16 * c.width) * 8))
+        self.apply(GPT.init)
+        nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
+
+    def start(self, zeros):
+        past = dict(u=zeros(TAPS - 1, self.c.width)) if self.c.conv else {}
+        if self.ssm:
+            past.update(h=zeros(self.c.heads, self.c.head_dim, self.c.N))
+        return past | (self.attention.start(zeros) if self.attention else {})
+
+    def forward(self, x, past, here):
+        u, y, now = norm(x), None, {}
+        if self.c.conv:
+            T, u = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                    # (B, 3+T, C)
+            now["u"] = u[:, T:]
+            u = u[:, TAPS - 1:] + sum(tap * u[:, i:i + T] for i, tap in enumerate(self.taps))
+        if self.ssm:
+            y, now["h"] = self.ssm(u, past["h"])
+        if self.attention:
+            y, more = self.attention(u, y, past, here)
+            now.update(more)
+        x = x + y
+        return x + self.mlp(norm(x)), now
+
+
+class BMojo(GPT):
+    """Layers in which attention sees three memories side by side: the last w tokens as they are, outputs of a state
+    space that summarise what came before them, and M tokens from anywhere that the state space did not expect. Presets
+    leave parts out: `bmojo_f` the eidetic tokens; `mamba` is state spaces only, `hybrid` has windows between them.
+
+    state    n (B,) tokens read   and of each layer l, as far as it has them:
+             l.u (B, 3, C) reach of the convolution   l.h (B, H, D, N) state space   l.y (B, 3, C) its last outputs
+             l.kv (B, M+w, 2C) keys and values, unturned: M eidetic tokens, the last w   l.faded (B, 2w, 2C) of outputs
+             l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place in the text
+    read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
+    write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
+    paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060
+    departs  the paper takes Mamba-1 and leaves open which outputs fade, and how far back and in which norm innovation
+             looks (here three tokens, Euclidean); RoPE within two windows (paper: none); no token is seen twice; one
+             convolution before both parts, so that a kept token knows those before it; the state space has the norm of
+             keys and queries on c and b, in place of SiLUs, and starts with longer steps, for short training
+    """
+    Config = Config
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
+
+    def init_state(self, B):
+        zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
+        layers = {f"{l}.{k}": v for l, block in enumerate(self.blocks) for k, v in block.start(zeros).items()}
+        return dict(layers, n=zeros().long())
+
+    def read(self, state):
+        layer = lambda l: {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{l}.")}
+        return state["n"], 0, [layer(l) for l in range(self.c.layers)]
+
+    def extend(self, tokens, cache):
+        """The rest of an open chunk, then all whole chunks at once, then the beginning of another."""
+        (n, P, pasts), T, w, out = cache, tokens.size(1), self.c.w, []
+        rest = min(T, -P % w)
+        for part in tokens.split([size for size in (rest, (T - rest) // w * w, (T - rest) % w) if size], 1):
+            x, here, now = self.embed(part), Here(self.c, part, n, P), []
+            for block, past in zip(self.blocks, pasts):
+                x, past = block(x, past, here)
+                now.append(past)
+            P, pasts = here.end, now
+            out.append(norm(x))
+        return self.head(torch.cat(out, 1)), (n, P, pasts)
+
+    def write(self, cache, state):
+        n, P, pasts = cache
+        pasts = [block.attention.close(past) if block.attention else past for block, past in zip(self.blocks, pasts)]
+        now = {f"{l}.{k}": v for l, past in enumerate(pasts) for k, v in past.items()} | dict(n=n + P)
+        return {k: now[k].to(v.dtype, copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
