@@ -14,9 +14,11 @@ from .cli import UserError
 
 def enter(room, state, fresh):
     """The state in which a window begins: rows that open a new book (fresh (B,) True) start from the room's initial
-    state, through which gradient reaches a learned one; the others go on from `state`."""
-    start = room.init_state(len(fresh))
-    return {k: torch.where(fresh.view(-1, *[1] * (v.ndim - 1)), start[k], v) for k, v in state.items()}
+    state, through which gradient reaches a learned one; the others go on from `state`. The initial state also decides
+    where a tensor lies: a bank may be in the memory of the CPU while the room is not."""
+    def choose(start, v):
+        return torch.where(fresh.to(start.device).view(-1, *[1] * (v.ndim - 1)), start, v.to(start.device))
+    return {k: choose(start, state[k]) for k, start in room.init_state(len(fresh)).items()}
 
 
 def detach(state):
@@ -204,7 +206,8 @@ class Reader:
         if memory["weights"] != fingerprint(self.room):
             raise UserError(f"{path} was remembered by other weights: load it with the checkpoint that made it")
         at = device_of(self.room)
-        self.turn_page({k: v.to(at) for k, v in memory["state"].items()}, memory["page"].to(at))
+        nobody = torch.zeros(len(memory["page"]), dtype=torch.bool)
+        self.turn_page(enter(self.room, memory["state"], nobody), memory["page"].to(at))
         self.count, self.logits = memory["count"], memory["logits"].to(at)
         if self.page.size(1):
             self.cache = self.room.extend(self.page, self.room.read(self.state))[1]

@@ -6,8 +6,10 @@ import torch
 from torch.nn import functional as F
 
 import nanomem
+import train
+from nanomem import data, stream
 from nanomem.cli import UserError
-from nanomem.gca import CrossAttention, gumbel
+from nanomem.gca import gumbel
 
 from conftest import TINY, tiny
 from test_room import S, V, close, text, walk
@@ -185,6 +187,24 @@ def test_the_noise_is_gumbel_whatever_the_numbers():
         assert z.isfinite().all() and abs(z.mean() - 0.5772) < 0.01 and abs(z.std() - 1.2825) < 0.01
         for other in (gumbel(i + shift + 1, e + shift), gumbel(i + shift, e + shift + 1)):
             assert abs(torch.corrcoef(torch.stack([z.flatten(), other.flatten()]))[0, 1]) < 0.01
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_learns_to_find_needles_and_finds_them_in_64_times_the_text(tmp_path):
+    """From the loss on the answers alone, in windows of 64 tokens; then what was fetched for questions in 4,096."""
+    task = "needle:pairs=2:asks=3:notice=4"
+    with torch.enable_grad():
+        train.main(["--room=gca", f"--data={task}", "--seg=64", "--segments=1", "--chunk=4", "--layers=2", "--heads=2",
+                    "--width=32", "--no-bypass", "--batch=32", "--lr=4e-3", "--steps=300", "--validate=300",
+                    "--windows=1", f"--out={tmp_path}"])
+    room = nanomem.load(tmp_path, seg=1024, bank=1024)[0].eval()
+    batch = data.Synthetic(task, 16, 4096, seed=9).next()
+    rows, t = (batch.y >= 0).nonzero(as_tuple=True)
+    needle = (t - batch.at[rows, t]) // 4
+    found = retrieved(room, batch.x)[rows, t // 4, 0] == needle[:, None]           # (questions, k)
+    (_, _, hit), = stream.evaluate(room, data.Synthetic(task, 16, 4096, seed=9), 1)
+    assert found.any(1).float().mean() > 0.95 and hit[rows, t].float().mean() > 0.6
 
 
 # walking
