@@ -48,13 +48,14 @@ def build(name, **fields):
         raise UserError(f"{name}: {refusal}") from None
 
 
-def load(path):
-    """The room in a checkpoint of train.py, and the checkpoint: a file, or a folder that holds best.pt or last.pt."""
+def load(path, **fields):
+    """The room in a checkpoint of train.py, and the checkpoint: a file, or a folder that holds best.pt or last.pt.
+    Fields that shape no weight may be other ones than in training: load("out/gca", seg=4096, bank=65536)."""
     from . import stream
     path = Path(path)
     if path.is_dir():
         path = next((path / f for f in ("best.pt", "last.pt") if (path / f).exists()), path / "last.pt")
     checkpoint = stream.load(path, "checkpoint")
-    room = build(checkpoint["room"], **checkpoint["config"])
+    room = build(checkpoint["room"], **{**checkpoint["config"], **fields})
     room.load_state_dict(checkpoint["model"])
     return room, checkpoint
