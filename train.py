@@ -96,7 +96,7 @@ def windows_of(run, seg):
     T, turns = run.segments * seg, dict(interleave=run.interleave, turn=run.turn * seg)
     if data.is_stream(run.data):
         return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
-                lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.SYMBOLS)
+                lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.symbols(run.data))
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
     run.tokenizer = books.enc.name
     marks = run.batch * run.interleave

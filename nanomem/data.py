@@ -330,7 +330,7 @@ class Bookmarks:
 # ----------------------------------------------------------------------------------------------------------------------
 # Synthetic streams. A generator makes x, y and at (B, T) of Batch; every row is a document of its own.
 
-NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 64, 112   # the vocabulary: 16 symbols of noise, 32 values, 64 keys
+NOISE, VALUES, KEYS, SYMBOLS = 16, 32, 64, 112   # the vocabulary: 16 symbols of noise, 32 values, up to 64 keys
 
 
 def filler(rng, B, T):
@@ -450,6 +450,12 @@ STREAMS = {"recall": recall, "needle": needle, "planted": planted, "mqar": mqar,
 def is_stream(name):
     """Whether --data=name means a synthetic stream, whose knobs may stand behind it."""
     return name.partition(":")[0] in STREAMS
+
+
+def symbols(name):
+    """How many different symbols that stream has: 16 keys are enough unless it asks for more pairs."""
+    pairs = variant(name)[1].get("pairs", "")
+    return NOISE + VALUES + max(16, int(pairs) if pairs.isdigit() else 0)
 
 
 class Synthetic:

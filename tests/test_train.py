@@ -133,7 +133,7 @@ def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys
     (["--mem=3", "--room=gpt"], "unknown flag --mem"), (["data/x"], "did you mean --data=data/x"),
     (["--batch=3", "--accum=2"], "--batch=3 rows do not split over 1 devices x 2 parts"),
     (["--device=tpu"], "no device tpu"), (["--dtype=int8"], "float32 or bfloat16"),
-    (["--vocab=10"], "too small: the data has 112"), (["--width=30", "--heads=4"], "width 30"),
+    (["--vocab=10"], "too small: the data has 64"), (["--width=30", "--heads=4"], "width 30"),
     (["--data=nowhere"], "no shards in nowhere"), (["--replay=maybe"], "is a switch"), (["--resume"], "cannot read")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, argv, why):
     with pytest.raises(UserError, match=why):
