@@ -64,6 +64,11 @@ def main(argv):
     enc = data.tokenizer(checkpoint["run"]["tokenizer"])
     device = train.machine(train.Run(device=s.device))[0]
     reader = stream.Reader(room.to(device).eval())
+    try:
+        with torch.no_grad():
+            room.read(reader.state)
+    except AssertionError as refusal:   # a room as published may need tokens that are not there yet
+        raise UserError(f"{words[0]} cannot write text: {refusal}") from None
 
     piped = s.file == "-" or not (s.file or s.prompt or s.load_memory or sys.stdin.isatty())
     try:

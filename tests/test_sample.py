@@ -114,6 +114,13 @@ def test_a_memory_that_is_no_memory_is_refused(say, out, tmp_path):
         say(f"--load-memory={tmp_path / 'm.pt'}")
 
 
+def test_a_room_that_looks_ahead_writes_no_text(tmp_path):
+    train.main(["--room=hmt", "--query=paper", "--steps=1", "--batch=1", "--segments=1", "--layers=1", "--heads=2",
+                "--width=16", "--seg=16", "--windows=1", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match="cannot write text: query=paper looks ahead"):
+        sample.main([str(tmp_path), "--prompt=A whale"])
+
+
 def test_a_model_of_a_stream_writes_no_text(tmp_path):
     train.main(["--room=gpt", f"--out={tmp_path}", "--data=needle", "--layers=1", "--heads=1", "--width=16", "--seg=8",
                 "--batch=2", "--steps=1", "--windows=1"])
