@@ -3,6 +3,7 @@
     python bench.py                                       every room, small, on the embedded book: minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
     python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
+    python bench.py --rooms=gca,gca/topk=8                and with some that hold only after training, when it is tested
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
     python bench.py --plot                                also draws the curves (needs matplotlib)
 
@@ -46,7 +47,7 @@ from nanomem.cli import UserError
 
 @dataclass
 class Bench:
-    rooms: str = ""              # which rooms, ROOM:field=value for other settings (without it those of the task)
+    rooms: str = ""              # which rooms, ROOM:field=value/tested:field=value (without it those of the task)
     tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     split: str = "validation"    # books that depth reads
@@ -85,7 +86,7 @@ class Trial:
     test: str = ""    # the stream that asks, if its knobs are other ones
     span: int = 0     # segments that a text lasts in training, if that can be more than a window
     rows: int = 64
-    windows: int = 32
+    windows: int = 32       # of `rows` texts that a test reads; of longer texts, fewer
     lengths: tuple = (8,)   # segments of a test window; a column each, or with a single one
     edges: tuple = ()       # a column for each range of distances between these, in tokens
 
@@ -107,6 +108,12 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
+    needle=Trial("by the length of the text, of which 1,024 tokens are as many as in training: 6 needles, each asked for 8 "
+                 "times; behind a colon the share of questions whose needle was among the chunks found",
+                 "--batch=8 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 1000, 1,
+                 "needle:pairs=6:asks=8:notice=16", rows=8, lengths=(1, 16, 64, 256, 1024),
+                 rooms="gca:chunk=16:bypass=no,gca:chunk=16:bypass=no/retrieval=random,"
+                       "gca:chunk=16:bypass=no/retrieval=recent,window:window=64,full"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of "
                  "64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
@@ -124,7 +131,7 @@ EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions 
 # Training what is missing
 
 def trained(argv, out):
-    """The room that train.py makes of these flags: from an earlier run, from the rest of one, or from a new one."""
+    """The checkpoint that train.py makes of these flags: of an earlier run, of the rest of one, or of a new one."""
     argv = [*argv, f"--out={out}"]
     typed, fields = train.flags(argv)
     last = out / "last.pt"
@@ -135,17 +142,31 @@ def trained(argv, out):
             was = {**asdict(train.Run()), **saved["run"], **saved["config"]}   # flags that it did not know yet had this value
             same = all(was.get(k) == v for k, v in {**typed, **fields}.items())
             if same and saved["step"] == typed["steps"]:
-                return nanomem.load(last)
+                return saved
             if same:
                 extra = ["--resume"]
     with contextlib.redirect_stdout(io.StringIO()):    # its log is in log.csv; the bar stays
         if train.main([*argv, *extra]):
             raise KeyboardInterrupt
-    return nanomem.load(last)
+    return stream.load(last, "checkpoint")
+
+
+def parts_of(spec):
+    """A room as --rooms says it, "gca:chunk=16/topk=8:bank=99" -> its name, the settings with which it is trained, and
+    those that are changed for the test."""
+    trained, _, tested = spec.partition("/")
+    return *cli.variant(trained), cli.variant(f"/:{tested}")[1] if tested else {}
+
+
+def fields_of(spec, tested=False):
+    """The fields of the room among its settings; refuses those that neither it nor train.py knows."""
+    name, settings, changed = parts_of(spec)
+    flags = [f"--{k}={v}" for k, v in (changed if tested else settings).items()]
+    return cli.parse(flags, nanomem.room_class(name).Config, *([] if tested else [train.Run]))[0][0]
 
 
 def flags_of(b, spec, task, seed):
-    name, settings = cli.variant(spec)
+    name, settings, _ = parts_of(spec)
     flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
     own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
@@ -273,23 +294,37 @@ def trial_of(b, task):
     return t
 
 
-def trial(room, t, task, seed=0):
+def trial(load, t, task, seed=0):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
-    50 questions."""
+    50 questions; and if a room searches, the share of questions for which it found the place of the answer.
+    load(**fields) is the room, with these fields changed."""
     found = []
     for length in t.lengths:
-        T = length * room.c.seg
+        room, T = load(), length * load().c.seg
+        if len(t.lengths) > 1:
+            if type(room).__name__ == "XL" and room.c.window < 0 and length > 64 * t.lengths[0]:
+                continue                                       # time grows with the square
+            room = load(**whole(room, T))
         edges = np.array(t.edges or (0, T + 1))
-        right, total = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1)
-        loader = data.Synthetic(t.test or task, t.rows, T, seed=(seed, 2))
-        for batch, _, hit in stream.evaluate(room, loader, t.windows):
-            scored = batch.y >= 0
-            place = np.digitize(batch.at[scored].cpu().numpy(), edges)
-            right += np.bincount(place, hit[scored].cpu().numpy(), len(edges) + 1)
-            total += np.bincount(place, minlength=len(edges) + 1)
-        found += [dict(length=T, start=lo, end=hi, accuracy=r / n, questions=n)
-                  for lo, hi, r, n in zip(edges, edges[1:], right[1:], total[1:]) if n >= 50]
-    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in found]
+        texts = max(2, t.rows * t.windows * t.lengths[0] // length)
+        loader = data.Synthetic(t.test or t.data or task, min(t.rows, texts), T, seed=(seed, 2))
+        sums = np.zeros((3, len(edges) + 1))                   # questions, right answers, places found
+        with stream.overheard(room) as heard:
+            for batch, _, hit in stream.evaluate(room, loader, texts // loader.B):
+                asked = batch.y >= 0
+                place = np.digitize(batch.at[asked].cpu().numpy(), edges)
+                for row, x in zip(sums, (asked, hit, stream.met(room, batch, heard) if heard else ~asked)):
+                    row += np.bincount(place, x[asked].cpu().numpy(), len(edges) + 1)
+                heard.clear()
+        found += [dict(length=T, start=int(lo), end=int(hi), questions=n, accuracy=r / n, found=m / n)
+                  for lo, hi, n, r, m in zip(edges, edges[1:], *sums[:, 1:].tolist()) if n >= 50]
+    return found
+
+
+def whole(room, T):
+    """The fields with which a room that is made to look back over a whole text does so in one of T tokens."""
+    return dict(GCA=lambda c: dict(bank=T // c.m), XL=lambda c: dict(window=T) if c.window < 0 else {}).get(
+        type(room).__name__, lambda c: {})(room.c)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,9 +508,9 @@ def column(s):
 
 
 def percent(s):
-    """The mean accuracy, and of several seeds the lowest and the highest."""
+    """The mean accuracy, and of several seeds the lowest and the highest; and behind a colon what was found."""
     ends = f" ({min(s['each']):.0%} to {max(s['each']):.0%})" if len(s["each"]) > 1 else ""
-    return f"{s['accuracy']:.0%}{ends}"
+    return f"{s['accuracy']:.0%}{ends}" + f": {s['found']:.0%}" * (s["found"] > 0)
 
 
 def summary(found):
@@ -610,13 +645,17 @@ def draw(found, out):
                     if "writing" in r.get("depth", {})]
 
 
-def work(b, task, spec, seed):
-    """One job: train a room unless that was done before, and measure it."""
+def work(b, task, specs, seed):
+    """One job: train a room unless that was done before, and measure it as it is, or with fields changed for the test."""
     torch.manual_seed(seed)
-    folder = f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
-    room, checkpoint = trained(flags_of(b, spec, task, seed), Path(b.out) / folder)
-    room.to(train.machine(train.Run(device=b.device))[0]).eval()
-    return depth(room, checkpoint, b) if task == "depth" else trial(room, trial_of(b, task), task, b.seed)
+    folder = Path(b.out) / f"{task}-{specs[0].partition('/')[0]}-{seed}".replace(":", "-").replace("=", "")
+    checkpoint, device = trained(flags_of(b, specs[0], task, seed), folder), train.machine(train.Run(device=b.device))[0]
+
+    def measured(spec):
+        fields = fields_of(spec, tested=True)
+        load = lambda **more: nanomem.load(folder / "last.pt", **{**fields, **more})[0].to(device).eval()
+        return depth(load(), checkpoint, b) if task == "depth" else trial(load, trial_of(b, task), task, b.seed)
+    return [measured(spec) for spec in specs]
 
 
 def threads_of(device):
@@ -674,19 +713,17 @@ def rooms_of(text, task):
     own = TRIALS[task].rooms if task in TRIALS else ""
     specs = [w.strip() for w in (text or own or COMPARED).split(",") if w.strip()]
     for spec in specs:
-        name, settings = cli.variant(spec)
+        name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
             raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
-        cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
+        fields_of(spec), fields_of(spec, tested=True)
     return specs
 
 
 def room_of(b, spec):
     """An untrained room of the size that reads books."""
-    name, settings = cli.variant(spec)
-    (fields, _), _ = cli.parse([f"--{k}={v}" for k, v in settings.items()], nanomem.room_class(name).Config, train.Run)
-    return nanomem.build(name, **{**dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB),
-                                  **fields})
+    shape = dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB)
+    return nanomem.build(parts_of(spec)[0], **{**shape, **fields_of(spec), **fields_of(spec, tested=True)})
 
 
 def main(argv):
@@ -700,7 +737,11 @@ def main(argv):
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
     seeds = range(b.seed, b.seed + b.seeds)
     jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
-    trainings = [(b, task, spec, seed) for task, spec in jobs if task not in ("cost", "replay") for seed in seeds]
+    same = {}                                              # rooms that differ only when they are tested
+    for task, spec in jobs:
+        same.setdefault((task, spec.partition("/")[0]), []).append(spec)
+    trainings = [(b, task, specs, seed) for (task, _), specs in same.items() if task not in ("cost", "replay")
+                 for seed in seeds]
     costs = [(task, spec) for task, spec in jobs if task in ("cost", "replay")]
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
@@ -715,9 +756,10 @@ def main(argv):
                  settings=asdict(b), rooms={spec: {} for _, spec in jobs})
     runs = {job: [] for job in jobs}
     with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
-        for (_, task, spec, _), result in side_by_side(work, trainings, b.jobs or threads_of(device)):
-            runs[task, spec].append(result)
-            bar.set_description(f"{task} of {spec}")
+        for (_, task, specs, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            for spec, result in zip(specs, results):
+                runs[task, spec].append(result)
+            bar.set_description(f"{task} of {specs[-1]}")
             bar.update()
         for task, spec in costs:                           # alone on the machine
             torch.manual_seed(b.seed)

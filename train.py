@@ -120,13 +120,19 @@ def rate(run, step):
 
 
 def validate(room, loader, windows, dtype):
-    """Mean loss in nats a token, and the share of right guesses, on the first windows of the held-out text."""
-    nll, hits, n = 0.0, 0, 0
+    """On the first windows of the held-out text: mean loss in nats a token, the share of right guesses, and of a room
+    that searches in a stream of questions, how often it finds the place of the answer (else None)."""
+    nll, hits, finds, n = 0.0, 0, None, 0
     room.eval()
-    for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
-        nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + (batch.y >= 0).sum().item()
+    with stream.overheard(room) as heard:
+        for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
+            asked = batch.y >= 0
+            nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + asked.sum().item()
+            if heard and isinstance(loader, data.Synthetic):
+                finds = (finds or 0) + (stream.met(room, batch, heard) & asked).sum().item()
+            heard.clear()
     room.train()
-    return nll / n, hits / n
+    return nll / n, hits / n, None if finds is None else finds / n
 
 
 @contextlib.contextmanager
@@ -206,7 +212,7 @@ def main(argv):
         out.mkdir(parents=True, exist_ok=True)
         if not saved:
             last.unlink(missing_ok=True), top.unlink(missing_ok=True)
-            (out / "log.csv").write_text("step,loss,validation,accuracy,lr,gradient,tokens_per_s,minutes\n")
+            (out / "log.csv").write_text("step,loss,validation,accuracy,lr,gradient,tokens_per_s,minutes,found\n")
         size = sum(p.numel() for p in room.parameters()) / 1e6
         print(f"{run.room} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
               f"{stream.nbytes(state) / 1024:.0f} KB of state a row; {run.steps} steps of {tokens:,} tokens; "
@@ -253,16 +259,17 @@ def main(argv):
                 continue
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent
-            mean, losses, valid, right = sum(losses) / len(losses), [], None, None
+            mean, losses, valid, right, found = sum(losses) / len(losses), [], None, None, None
             if rank == 0:
                 if validates:
-                    valid, right = validate(room, held_out(), run.windows, dtype)
+                    valid, right, found = validate(room, held_out(), run.windows, dtype)
                 held = f"valid {valid:6.3f} {right:6.1%}" if validates else " " * 19
                 bar.write(f"{done:7d}  loss {mean:6.3f}  {held}"
                           f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"
-                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
+                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left"
+                          + ("" if found is None else f"  found {found:.1%}"))
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60])
+                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60, found])
             if validates or ends_here:
                 better = validates and rank == 0 and valid < best
                 best = valid if better else best
@@ -272,6 +279,7 @@ def main(argv):
             clock = time.perf_counter()
     bar.close()
     if world > 1:
+        dist.barrier()                 # a process that exits while its last message is being dropped may abort
         dist.destroy_process_group()
     finished = done == run.steps
     if rank == 0:

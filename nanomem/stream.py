@@ -155,6 +155,29 @@ def evaluate(room, loader, windows=None, dtype=None, like=(), change=lambda stat
         windows = windows and windows - 1
 
 
+@contextlib.contextmanager
+def overheard(room):
+    """A list into which everything goes that a room with a search (gca) finds: numbers of chunks (B, n, k)."""
+    heard, find = [], getattr(room, "find", None)
+
+    def aloud(*args):
+        found = find(*args)
+        heard.append(found[-1])
+        return found
+    if find:
+        room.find = aloud
+    yield heard
+    if find:
+        del room.find
+
+
+def met(room, batch, heard):
+    """Where in a window (B, T), with which its text began, the chunk `batch.at` tokens back was found (overheard)."""
+    t = torch.arange(batch.x.size(1), device=batch.x.device)
+    picks = torch.cat([torch.cat(heard[g::room.c.groups], 1) for g in range(room.c.groups)], -1)   # (B, T/m, G k)
+    return (picks[:, t // room.c.m] == ((t - batch.at) // room.c.m)[..., None]).any(-1)
+
+
 class Reader:
     """A room with a book open in front of it: reads tokens, one or a million in a call, and predicts the next one.
 

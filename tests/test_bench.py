@@ -69,6 +69,20 @@ def test_side_by_side_is_one_after_the_other(tmp_path, shards):
     assert one == two
 
 
+def test_settings_of_the_test_need_no_other_training(tmp_path, monkeypatch):
+    small = bench.Trial("", "--batch=2 --layers=2 --heads=2 --width=16 --seg=32", 2, 1, "needle:notice=8", rows=32,
+                        windows=8, lengths=(1, 2))
+    monkeypatch.setitem(bench.TRIALS, "needle", small)
+    real, made = train.main, []
+    monkeypatch.setattr(train, "main", lambda argv: made.append(argv) or real(argv))
+    gca, full = "gca:chunk=8:topk=2", "full"
+    bench.main([f"--rooms={gca},{gca}/retrieval=recent:topk=1,{full}", "--tasks=needle", f"--out={tmp_path}", "--jobs=1"])
+    found = json.loads((tmp_path / "report.json").read_text())["rooms"]
+    one, other, all_ = (found[name]["needle"] for name in (gca, f"{gca}/retrieval=recent:topk=1", full))
+    assert len(made) == 2 and [r["length"] for r in one] == [r["length"] for r in other] == [32, 64]
+    assert one[0]["found"] == 0 or one[0]["found"] != other[0]["found"] and all_[0]["found"] == 0
+
+
 def test_other_settings_train_anew(tmp_path, shards):
     argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
     bench.main(argv)
@@ -79,7 +93,8 @@ def test_other_settings_train_anew(tmp_path, shards):
 @pytest.mark.parametrize("argv, why", [
     (["--rooms=gpt,xk"], "--rooms=xk is none of them: did you mean xl"), (["--tasks=deep"], "did you mean depth"),
     (["--read=10"], "--read=10 is too little"), (["--step=3"], "unknown flag --step: did you mean steps"),
-    (["gpt"], "takes only flags")])
+    (["gpt"], "takes only flags"), (["--rooms=gca/topp=2"], "unknown flag --topp: did you mean topk"),
+    (["--rooms=gca/steps=2"], "unknown flag --steps")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         bench.main(argv)

@@ -272,3 +272,19 @@ def test_the_bank_may_lie_in_the_memory_of_the_cpu():
 def test_settings_that_cannot_be_are_refused(fields, why):
     with pytest.raises(UserError, match=why):
         nanomem.build("gca", **TINY, **fields)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_what_is_overheard_is_what_was_found(k):
+    """With the most recent k chunks, the answer is found where its chunk is 2 to k + 1 before the one that asks: a
+    chunk reads what the one before it found among those before that."""
+    room = gca(topk=k, retrieval="recent")
+    loader = data.Synthetic("needle:pairs=2:asks=2", 3, 3 * room.c.seg)
+    with stream.overheard(room) as heard:
+        batch, _, _ = next(stream.evaluate(room, loader, 1))
+        met = stream.met(room, batch, heard)
+    t = torch.arange(batch.x.size(1))
+    back = t // room.c.m - (t - batch.at) // room.c.m
+    asked = batch.y >= 0
+    assert torch.equal(met[asked], ((back >= 2) & (back <= k + 1))[asked]) and (met[asked].any() or k == 1)
+    assert "find" not in vars(room)
