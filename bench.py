@@ -9,8 +9,9 @@
 
     depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
              and what memory is worth: how much the loss grows when every segment begins with an empty one
+    passage  how much easier a passage is to read when it was read before, some segments of another book ago
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    planted, mqar, retain    the same on other streams: each the experiment of one paper, with rooms of its own
+    planted, mqar, needle, retain    the same on other streams: each the experiment of one paper, with its own rooms
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import cli, data, stream
+from nanomem import bmojo, cli, data, stream
 from nanomem.cli import UserError
 
 
@@ -108,19 +109,19 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    needle=Trial("by the length of the text, of which 1,024 tokens are as many as in training: 6 needles, each asked for 8 "
-                 "times; behind a colon the share of questions whose needle was among the chunks found",
-                 "--batch=8 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 1000, 1,
-                 "needle:pairs=6:asks=8:notice=16", rows=8, lengths=(1, 16, 64, 256, 1024),
-                 rooms="gca:chunk=16:bypass=no,gca:chunk=16:bypass=no/retrieval=random,"
-                       "gca:chunk=16:bypass=no/retrieval=recent,window:window=64,full"),
-    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores of "
-                 "64 and 512; trained on texts of 16 writes, tested on 256",
+    needle=Trial("by the length of the text, 1,024 tokens as in training and more: 2 needles, each asked for 6 times; "
+                 "behind a colon the share of questions whose needle was among the 4 chunks found",
+                 "--batch=16 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 700, 1,
+                 "needle:pairs=2:asks=6:notice=64", rows=16, lengths=(1, 16, 64, 256, 1024),
+                 rooms="gca:chunk=64:bypass=no,gca:chunk=64:bypass=no/retrieval=random,"
+                       "gca:chunk=64:bypass=no/retrieval=recent,window:window=64,full"),
+    retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
+                 "of 64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
                  edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
                  rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
 )
-TASKS = ("depth", *TRIALS, "cost", "replay")
+TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
 QUICK = ("depth", "recall", "cost")   # without --tasks
 COMPARED = "gpt,window,xl,full,rmt,hmt,memformer"   # without --rooms
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
@@ -139,7 +140,7 @@ def trained(argv, out):
     if last.exists():
         with contextlib.suppress(UserError):
             saved = stream.load(last, "checkpoint")
-            was = {**asdict(train.Run()), **saved["run"], **saved["config"]}   # flags that it did not know yet had this value
+            was = {**asdict(train.Run()), **saved["run"], **saved["config"]}   # a flag it did not know had this value
             same = all(was.get(k) == v for k, v in {**typed, **fields}.items())
             if same and saved["step"] == typed["steps"]:
                 return saved
@@ -161,8 +162,19 @@ def parts_of(spec):
 def fields_of(spec, tested=False):
     """The fields of the room among its settings; refuses those that neither it nor train.py knows."""
     name, settings, changed = parts_of(spec)
+    if tested and searcher(spec):
+        changed = {k: v for k, v in changed.items() if k != "retrieval"}
     flags = [f"--{k}={v}" for k, v in (changed if tested else settings).items()]
     return cli.parse(flags, nanomem.room_class(name).Config, *([] if tested else [train.Run]))[0][0]
+
+
+def searcher(spec):
+    """M+ can be tested with another way to search, which is no field of it: oracle, random, or "" for its own."""
+    name, _, changed = parts_of(spec)
+    way = changed.get("retrieval", "") if hasattr(nanomem.room_class(name), "score") else ""
+    if way not in ("", "oracle", "random"):
+        raise UserError(f"{spec}: retrieval is oracle or random, got {way}")
+    return way
 
 
 def flags_of(b, spec, task, seed):
@@ -203,10 +215,9 @@ def leaky(b):
     return [room for room in rooms if not room.scored().all()]
 
 
-def depth(room, checkpoint, b):
+def depth(room, books, b):
     """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books; the loss
     by place in the segment; and how much it grows when every segment begins with an empty memory."""
-    books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
     books.tokens = [t[:b.upto + 1 if b.upto else None] for t in books.tokens]
     losses = losses_of(room, books, b)
     fresh = lambda state: room.init_state(len(next(iter(state.values())))) if state else state
@@ -230,6 +241,8 @@ def depth(room, checkpoint, b):
     more = strangers(room, books, b) if b.interleave > 1 else {}
     if type(room).__name__ == "Memformer":
         more["writing"] = writing(room, books, b)
+    if type(room).__name__ == "BMojo" and room.c.M and min(map(len, losses)) > 8192:
+        more["ages"] = ages(room, books, b)
     return dict(more, books=len(books), parameters=size,
                 extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
@@ -237,8 +250,8 @@ def depth(room, checkpoint, b):
 
 
 def strangers(room, books, b):
-    """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay), and
-    of a search, how much of its weight goes to memories of the book that the segment is from, and by chance would."""
+    """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay),
+    and of a search, how much of its weight goes to memories of the book that the segment is from, and by chance would."""
     swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
     found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
     if type(room).__name__ == "HMT" and room.c.query == "prev":
@@ -258,16 +271,61 @@ def strangers(room, books, b):
 
 
 @torch.no_grad()
-def writing(room, books, b, windows=16):
-    """How Memformer writes, by segments since the book began: the share of slots that retain what they were (more than
-    two thirds of the weight on themselves), that are overwritten (less than one), and that mix."""
-    loader, state, kept = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None, []
+def watched(room, books, b, windows):
+    """Read the first windows of up to eight books side by side: yields each segment, the state before and after it."""
+    loader, state = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None
     for batch in (loader.next().to(stream.device_of(room)) for _ in range(windows)):
         state = stream.enter(room, state or room.init_state(len(batch.x)), batch.fresh)
         for x, _ in stream.segments(room, batch.x, batch.y):
-            kept.append(room.weights(x, state)[..., 0].mean(1))              # (B, M) over heads
-            state = room(x, state)[1]
+            before, state = state, room(x, state)[1]
+            yield x, before, state
+
+
+def writing(room, books, b, windows=16):
+    """How Memformer writes, by segments since the book began: the share of slots that retain what they were (more than
+    two thirds of the weight on themselves), that are overwritten (less than one), and that mix."""
+    kept = [room.weights(x, state)[..., 0].mean(1) for x, state, _ in watched(room, books, b, windows)]   # (B, M)
     return [dict(retain=(w > 2 / 3).float().mean().item(), overwrite=(w < 1 / 3).float().mean().item()) for w in kept]
+
+
+def ages(room, books, b, edges=(0, 256, 1024, 4096, 1 << 40)):
+    """How old the eidetic tokens of B'MOJO are when 8,192 tokens were read: their share between these ages."""
+    *_, (_, _, state) = watched(room, books, b, 8192 // (room.c.seg * b.segments))
+    age = [(state["n"][:, None] - state[k])[state[k[:-2] + "eps"] >= 0] for k in state if k.endswith(".at")]
+    share = np.histogram(torch.cat(age).cpu(), edges)[0] / sum(map(len, age))
+    return [dict(start=lo, end=hi, share=x) for lo, hi, x in zip(edges, edges[1:], share)]
+
+
+@torch.no_grad()
+def passages(room, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), rows=64):
+    """What is left of a passage, one segment of n held-out texts, after t segments of another book: it is read again,
+    and the gain is by how much the loss of its second half, behind its first, is lower than if it had never been read.
+    Nats a token, with its 95% interval over passages (M+ 2502.00592, section 4.4, on plain books)."""
+    S, rng, device = room.c.seg, np.random.default_rng(0), stream.device_of(room)
+    long = [t for t in books.tokens if len(t) > (max(after) + 2) * S]
+    if not long:
+        raise UserError(f"a passage needs a book of {(max(after) + 2) * S + 1:,} tokens, the longest has "
+                        f"{max(map(len, books.tokens)):,}: use a smaller --seg")
+
+    def cut(i, length):
+        at = rng.integers(len(long[i % len(long)]) - length)
+        return torch.from_numpy(long[i % len(long)][at:at + length].astype(np.int64)).to(device)
+    once = torch.stack([cut(i, S + 1) for i in range(n)])                       # (n, S+1)
+    others = torch.stack([cut(i + 1, (max(after) + 1) * S) for i in range(n)])  # the next book's, one more than goes by
+    gains = []
+    for once, others in zip(once.split(rows), others.split(rows)):
+        nll = []
+        for first in (others[:, :S], once[:, :S]):                              # never read, and read
+            state = room(first, room.init_state(len(once)))[1]
+            for t, x in enumerate([*others[:, S:].split(S, 1), None]):
+                if t in after:
+                    logits = room(once[:, :-1], state)[0][:, S // 2:]
+                    nll.append(F.cross_entropy(logits.transpose(1, 2), once[:, S // 2 + 1:], reduction="none").mean(1))
+                state = state if x is None else room(x, state)[1]
+        gains.append(torch.stack(nll).unflatten(0, (2, -1)).diff(dim=0)[0].neg())
+    gains = torch.cat(gains, 1)                                                 # (times, n)
+    half = 1.96 * gains.std(1) / n ** 0.5
+    return [dict(after=t, gain=g, interval=h) for t, g, h in zip(after, gains.mean(1).tolist(), half.tolist())]
 
 
 def interval(ours, theirs, draws=2000):
@@ -283,8 +341,8 @@ def interval(ours, theirs, draws=2000):
 # Synthetic streams
 
 def trial_of(b, task):
-    """The trial of that name; with another number of pairs, the recall that has them: in texts that are long enough, and
-    as many tokens a step."""
+    """The trial of that name; with another number of pairs, the recall that has them: in texts that are long enough,
+    and as many tokens a step."""
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
         K = max(4, b.pairs // 2)
@@ -294,7 +352,18 @@ def trial_of(b, task):
     return t
 
 
-def trial(load, t, task, seed=0):
+def searching(room, way, batch):
+    """Let M+ search its store at random, or as an oracle would who knows when the answer to each question was told."""
+    S, K, rows, begin = room.c.seg, room.c.K, torch.arange(len(batch.x)), room.init_state(len(batch.x))["step"]
+    told = (torch.arange(0, batch.x.size(1), S) - batch.at[:, ::S]) // S                     # (B, segments)
+
+    def oracle(l, probe, state):
+        then = told[rows, (state["step"] - begin).cpu()].to(begin.device)
+        return (state["old_birth"][:, l] // K - begin[:, None] == then[:, None]).float()
+    room.score = dict(oracle=oracle, random=lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0]))[way]
+
+
+def trial(load, t, task, seed=0, search=""):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
     50 questions; and if a room searches, the share of questions for which it found the place of the answer.
     load(**fields) is the room, with these fields changed."""
@@ -306,11 +375,15 @@ def trial(load, t, task, seed=0):
                 continue                                       # time grows with the square
             room = load(**whole(room, T))
         edges = np.array(t.edges or (0, T + 1))
-        texts = max(2, t.rows * t.windows * t.lengths[0] // length)
+        texts = max(5, t.rows * t.windows * t.lengths[0] // length)
         loader = data.Synthetic(t.test or t.data or task, min(t.rows, texts), T, seed=(seed, 2))
         sums = np.zeros((3, len(edges) + 1))                   # questions, right answers, places found
+        ahead = data.Synthetic(t.test or t.data or task, loader.B, T, seed=(seed, 2))
         with stream.overheard(room) as heard:
-            for batch, _, hit in stream.evaluate(room, loader, texts // loader.B):
+            for _ in range(texts // loader.B):
+                if search:
+                    searching(room, search, ahead.next())
+                batch, _, hit = next(stream.evaluate(room, loader, 1))
                 asked = batch.y >= 0
                 place = np.digitize(batch.at[asked].cpu().numpy(), edges)
                 for row, x in zip(sums, (asked, hit, stream.met(room, batch, heard) if heard else ~asked)):
@@ -384,14 +457,30 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.seen.pop(key, 0)
 
 
+def scan_over_loop(T=2048, H=4, D=32):
+    """How many times as fast B'MOJO's scan of T tokens is, forward and backward, as a loop over its one-token step."""
+    x, a, b, c, h = torch.randn(1, T, H, D), -torch.rand(1, T, H), *torch.randn(2, 1, T, D), torch.zeros(1, H, D, D)
+    a.requires_grad_()
+
+    def loop(h):
+        y = []
+        for i in range(T):
+            out, h = bmojo.step(x[:, i:i + 1], a[:, i:i + 1], b[:, i:i + 1], c[:, i:i + 1], h)
+            y.append(out)
+        return torch.cat(y, 1)
+    fast, slow = seconds(torch.device("cpu"), lambda: bmojo.scan(x, a, b, c, h)[0].sum().backward(),
+                         lambda: loop(h).sum().backward(), rounds=3)
+    return np.median(slow / fast)
+
+
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(device, *functions, rounds=7):
-    """Seconds of each function, (functions, rounds); timed in turn in every round, so that a slow minute hits them alike
-    and ratios within a round can be trusted."""
+    """Seconds of each function, (functions, rounds); timed in turn in every round, so that a slow minute hits them
+    alike and ratios within a round can be trusted."""
     times = np.zeros((len(functions), rounds + 1))
     for r in range(rounds + 1):
         for i, f in enumerate(functions):
@@ -446,7 +535,8 @@ def cost(room, b):
     room.train()
     decode = [lambda r=r: [r(book[:, i:i + 1]) for i in range(c.seg)] for r in readers]
     times = seconds(device, *decode, rounds=9)
-    return dict(training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
+    more = dict(scan=scan_over_loop()) if type(room).__name__ == "BMojo" else {}
+    return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
                 state_bytes=stream.nbytes(room.init_state(1)),
                 reading=[dict(read=d, decode_ms=1000 * t / c.seg, held=h, peak=p)
                          for d, t, h, p in zip(depths, np.median(times, 1), kept, peaks)],
@@ -540,7 +630,7 @@ def details(found):
     parts = []
 
     def part(title, task, columns, cells, last=None):
-        rows = {name: r[task] for name, r in found["rooms"].items() if task in r}
+        rows = {name: r[task] for name, r in found["rooms"].items() if r.get(task)}
         if rows:
             first = next(iter(rows.values()))
             lines = [[name, *cells(r)] for name, r in rows.items()] + ([["", *last(first)]] if last else [])
@@ -575,6 +665,13 @@ def details(found):
             rows = [[k, *(f"{w[i][k]:.0%}" for i in at)] for k in ("retain", "overwrite")]
             parts.append(f"Slots of {name} that keep two thirds of themselves, or lose two thirds, when a book's n-th "
                          f"segment is written:\n\n{table(['n', *(str(i + 1) for i in at)], rows)}")
+    part(lambda r: "Eidetic tokens by their age in tokens, after 8,192 were read:", "ages",
+         lambda r: [f"{s['start']}-{s['end'] - 1}" if s["end"] < 1 << 40 else f"{s['start']}-" for s in r],
+         lambda r: [f"{s['share']:.0%}" for s in r])
+    part(lambda r: "By how much the second half of a passage, a segment, is easier to read when the passage was read "
+                   "before, so many segments of another book ago, in nats a token with a 95% interval over passages:",
+         "passage", lambda r: [str(s["after"]) for s in r],
+         lambda r: [f"{s['gain']:.3f} ±{s['interval']:.3f}" for s in r])
     part(lambda r: "Loss by place in the segment:", "depth",
          lambda r: [f"{s['start']}-{s['end'] - 1}" for s in r["by_place"]],
          lambda r: [f"{s['loss']:.3f}" for s in r["by_place"]])
@@ -586,6 +683,10 @@ def details(found):
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
     parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r})
+    scans = [r["cost"]["scan"] for r in found["rooms"].values() if "scan" in r.get("cost", {})]
+    if scans:
+        parts.append("B'MOJO's scan of 2,048 tokens, forward and backward, over a loop of its one-token step: "
+                     f"{np.median(scans):.0f} times as fast")
     gpt = found["rooms"].get("gpt", {}).get("cost")
     if gpt:
         parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
@@ -645,17 +746,26 @@ def draw(found, out):
                     if "writing" in r.get("depth", {})]
 
 
-def work(b, task, specs, seed):
-    """One job: train a room unless that was done before, and measure it as it is, or with fields changed for the test."""
-    torch.manual_seed(seed)
-    folder = Path(b.out) / f"{task}-{specs[0].partition('/')[0]}-{seed}".replace(":", "-").replace("=", "")
-    checkpoint, device = trained(flags_of(b, specs[0], task, seed), folder), train.machine(train.Run(device=b.device))[0]
+def source(task, spec):
+    """What a measurement needs to be trained: the task that trains, and the room without what is changed for tests."""
+    return "depth" if task == "passage" else task, spec.partition("/")[0]
 
-    def measured(spec):
-        fields = fields_of(spec, tested=True)
-        load = lambda **more: nanomem.load(folder / "last.pt", **{**fields, **more})[0].to(device).eval()
-        return depth(load(), checkpoint, b) if task == "depth" else trial(load, trial_of(b, task), task, b.seed)
-    return [measured(spec) for spec in specs]
+
+def work(b, jobs, seed):
+    """Train a room unless that was done before, and measure all that jobs [(task, spec)] want of it."""
+    torch.manual_seed(seed)
+    task, spec = source(*jobs[0])
+    folder = Path(b.out) / f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
+    checkpoint, device = trained(flags_of(b, spec, task, seed), folder), train.machine(train.Run(device=b.device))[0]
+
+    def measured(task, spec):
+        changed = fields_of(spec, tested=True)
+        load = lambda **more: nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
+        if task in TRIALS:
+            return trial(load, trial_of(b, task), task, b.seed, searcher(spec))
+        books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
+        return depth(load(), books, b) if task == "depth" else passages(load(), books)
+    return [measured(*job) for job in jobs]
 
 
 def threads_of(device):
@@ -737,10 +847,10 @@ def main(argv):
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
     seeds = range(b.seed, b.seed + b.seeds)
     jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
-    same = {}                                              # rooms that differ only when they are tested
-    for task, spec in jobs:
-        same.setdefault((task, spec.partition("/")[0]), []).append(spec)
-    trainings = [(b, task, specs, seed) for (task, _), specs in same.items() if task not in ("cost", "replay")
+    same = {}                                              # what one training serves
+    for job in jobs:
+        same.setdefault(source(*job), []).append(job)
+    trainings = [(b, served, seed) for (task, _), served in same.items() if task not in ("cost", "replay")
                  for seed in seeds]
     costs = [(task, spec) for task, spec in jobs if task in ("cost", "replay")]
     if b.plot and not importlib.util.find_spec("matplotlib"):
@@ -756,10 +866,10 @@ def main(argv):
                  settings=asdict(b), rooms={spec: {} for _, spec in jobs})
     runs = {job: [] for job in jobs}
     with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
-        for (_, task, specs, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
-            for spec, result in zip(specs, results):
-                runs[task, spec].append(result)
-            bar.set_description(f"{task} of {specs[-1]}")
+        for (_, served, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            for job, result in zip(served, results):
+                runs[job].append(result)
+            bar.set_description("{} of {}".format(*served[-1]))
             bar.update()
         for task, spec in costs:                           # alone on the machine
             torch.manual_seed(b.seed)
@@ -769,6 +879,7 @@ def main(argv):
             bar.update()
     for (task, spec), results in runs.items():
         found["rooms"][spec][task] = merged(results)
+        found["rooms"][spec]["ages"] = found["rooms"][spec].get("depth", {}).get("ages")
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "

@@ -269,7 +269,8 @@ def main(argv):
                           f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left"
                           + ("" if found is None else f"  found {found:.1%}"))
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60, found])
+                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60,
+                                            found])
             if validates or ends_here:
                 better = validates and rank == 0 and valid < best
                 best = valid if better else best

@@ -94,7 +94,8 @@ def test_other_settings_train_anew(tmp_path, shards):
     (["--rooms=gpt,xk"], "--rooms=xk is none of them: did you mean xl"), (["--tasks=deep"], "did you mean depth"),
     (["--read=10"], "--read=10 is too little"), (["--step=3"], "unknown flag --step: did you mean steps"),
     (["gpt"], "takes only flags"), (["--rooms=gca/topp=2"], "unknown flag --topp: did you mean topk"),
-    (["--rooms=gca/steps=2"], "unknown flag --steps")])
+    (["--rooms=gca/steps=2"], "unknown flag --steps"), (["--rooms=mplus/retrieval=best"], "oracle or random, got best"),
+    (["--rooms=rmt/retrieval=random"], "unknown flag --retrieval")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         bench.main(argv)
@@ -115,8 +116,8 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
 def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
     room = tiny("rmt", vocab=320)
     books = data.open_shards(shards, "validation")
-    found = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2))
-    few = bench.depth(room, dict(run=dict(tokenizer="bytes")), bench.Bench(data=str(shards), segments=2, upto=100))
+    found = bench.depth(room, data.open_shards(shards, "validation"), bench.Bench(segments=2))
+    few = bench.depth(room, data.open_shards(shards, "validation"), bench.Bench(segments=2, upto=100))
     nats = 0.0
     for tokens in books.tokens:                               # the slow way: a book at a time
         ids, state = torch.tensor(tokens.astype(np.int64))[None], room.init_state(1)
@@ -134,8 +135,9 @@ def test_depth_scores_every_token_once_and_its_units_agree(tmp_path, shards):
 
 
 def test_a_room_without_memory_does_not_care_who_takes_turns(shards):
-    room, checkpoint = tiny("gpt", vocab=320), dict(run=dict(tokenizer="bytes"))
-    one, two = (bench.depth(room, checkpoint, bench.Bench(data=str(shards), segments=2, interleave=n)) for n in (1, 2))
+    room = tiny("gpt", vocab=320)
+    one, two = (bench.depth(room, data.open_shards(shards, "validation"), bench.Bench(segments=2, interleave=n))
+                for n in (1, 2))
     assert abs(one["all"]["loss"] - two["all"]["loss"]) < 1e-6 and one["extra"] == 0
     assert np.allclose(one["all"]["by_book"], two["all"]["by_book"])
 
@@ -244,9 +246,49 @@ def test_every_number_of_pairs_fits_into_its_texts(pairs):
 
 
 def test_memory_is_worth_nothing_where_there_is_none(shards):
-    b, checkpoint = bench.Bench(data=str(shards), segments=2), dict(run=dict(tokenizer="bytes"))
-    worth = {n: bench.depth(tiny(n, vocab=320), checkpoint, b)["all"]["memory"] for n in ("gpt", "xl")}
+    worth = {n: bench.depth(tiny(n, vocab=320), data.open_shards(shards, "validation"), bench.Bench(segments=2))
+             ["all"]["memory"] for n in ("gpt", "xl")}
     assert worth["gpt"] == 0 and abs(worth["xl"]) > 1e-3
+
+
+def test_a_passage_helps_as_long_as_it_can_be_seen(shards):
+    """gpt sees no earlier segment; two layers of a window that is a segment long see two of them, and no further."""
+    books = data.open_shards(shards, "validation")
+    gains = {n: [s["gain"] for s in bench.passages(tiny(n, vocab=320, seg=16), books, 8, (0, 1, 2, 4))]
+             for n in ("gpt", "window", "rmt")}
+    assert gains["gpt"] == [0, 0, 0, 0] and gains["window"][0] != 0 and gains["window"][2:] == [0, 0]
+    assert all(gains["rmt"])
+
+
+def test_the_ages_of_eidetic_tokens():
+    """An oracle keeps only the letter Z, and that stands at the beginning of the books."""
+    books = data.from_texts(data.tokenizer("bytes"), [(str(i), "Z" * 40 + "no surprise " * 800) for i in range(2)])
+    room = tiny("bmojo", vocab=320, select=f"{ord('Z')}-{ord('Z') + 1}", eidetic=8, seg=64)
+    found = bench.ages(room, books, bench.Bench(segments=4))
+    assert [s["share"] for s in found] == [0, 0, 0, 1]
+    found = bench.ages(tiny("bmojo", vocab=320, select="random", eidetic=8, seg=64), books, bench.Bench(segments=4))
+    assert sum(s["share"] for s in found) == pytest.approx(1) and 0 < found[-1]["share"] < 1
+
+
+def test_an_oracle_finds_what_was_told_and_chance_does_not():
+    """M+ that is asked to bring the K vectors of one write brings those of the write in which the fact stood."""
+    room = tiny("mplus", seg=4, rows=2, slots=4, store=64, found=2, ask="self", query=1).eval()
+    batch = data.Synthetic("retain", 3, 64, seed=1).next()
+    told, right = {}, dict(oracle=0, random=0)
+    for way in right:
+        bench.searching(room, way, batch)
+        state = room.init_state(3)
+        begin, told[way] = state["step"], 0
+        for i, x in enumerate(batch.x.split(4, 1)):
+            then = (4 * i - batch.at[:, 4 * i]) // 4
+            best = room.score(0, None, state).masked_fill(state["old_birth"][:, 0] < 0, -1).topk(2)[1]
+            writes = state["old_birth"][:, 0].gather(1, best) // 2 - begin[:, None]
+            there = ((state["old_birth"][:, 0] // 2 - begin[:, None]) == then[:, None]).sum(1) == 2
+            asked = (batch.y[:, 4 * i] >= 0) & there
+            right[way] += (writes[asked] == then[asked, None]).all(1).sum().item()
+            told[way] += asked.sum().item()
+            state = room(x, state)[1]
+    assert right["oracle"] == told["oracle"] > 3 and right["random"] < told["random"]
 
 
 def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
