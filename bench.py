@@ -66,7 +66,7 @@ class Bench:
     width: int = 128             # channels
     seg: int = 64                # S, tokens in a segment
     lr: float = 4e-3             # learning rate on books
-    read: int = 100_000          # tokens to read before the last measurement of cost
+    read: int = 100_000          # tokens to read before the last measurement of cost; the longest text of needle
     seed: int = 1                # of weights, order of books, and streams
     seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
     device: str = ""             # cpu, cuda, mps
@@ -109,12 +109,14 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    needle=Trial("by the length of the text, 1,024 tokens as in training and more: 2 needles, each asked for 6 times; "
-                 "behind a colon the share of questions whose needle was among the 4 chunks found",
-                 "--batch=16 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 700, 1,
-                 "needle:pairs=2:asks=6:notice=64", rows=16, lengths=(1, 16, 64, 256, 1024),
-                 rooms="gca:chunk=64:bypass=no,gca:chunk=64:bypass=no/retrieval=random,"
-                       "gca:chunk=64:bypass=no/retrieval=recent,window:window=64,full"),
+    needle=Trial("by the length of the text, 64 tokens as in training and more, as far as --read: 2 needles, each asked "
+                 "for 3 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
+                 "the 4 chunks of 4 tokens that were found",
+                 "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 600, 1,
+                 "needle:pairs=2:asks=3:notice=4", test="needle:pairs=2:asks=24:notice=4", windows=16,
+                 lengths=(1, 16, 64, 256, 1024, 16384),
+                 rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
+                       "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
                  "of 64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
@@ -363,22 +365,24 @@ def searching(room, way, batch):
     room.score = dict(oracle=oracle, random=lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0]))[way]
 
 
-def trial(load, t, task, seed=0, search=""):
+def trial(load, t, task, seed=0, search="", read=math.inf):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
     50 questions; and if a room searches, the share of questions for which it found the place of the answer.
     load(**fields) is the room, with these fields changed."""
     found = []
     for length in t.lengths:
         room, T = load(), length * load().c.seg
+        name = (t.test if length > t.lengths[0] or len(t.lengths) == 1 else "") or t.data or task
         if len(t.lengths) > 1:
-            if type(room).__name__ == "XL" and room.c.window < 0 and length > 64 * t.lengths[0]:
-                continue                                       # time grows with the square
-            room = load(**whole(room, T))
+            fields = whole(room, T)
+            if fields is None or T > read:
+                continue
+            room = load(**fields)
         edges = np.array(t.edges or (0, T + 1))
-        texts = max(5, t.rows * t.windows * t.lengths[0] // length)
-        loader = data.Synthetic(t.test or t.data or task, min(t.rows, texts), T, seed=(seed, 2))
+        texts = max(2, t.rows * t.windows * t.lengths[0] // length)
+        loader = data.Synthetic(name, min(t.rows, texts), T, seed=(seed, 2))
         sums = np.zeros((3, len(edges) + 1))                   # questions, right answers, places found
-        ahead = data.Synthetic(t.test or t.data or task, loader.B, T, seed=(seed, 2))
+        ahead = data.Synthetic(name, loader.B, T, seed=(seed, 2))
         with stream.overheard(room) as heard:
             for _ in range(texts // loader.B):
                 if search:
@@ -395,9 +399,12 @@ def trial(load, t, task, seed=0, search=""):
 
 
 def whole(room, T):
-    """The fields with which a room that is made to look back over a whole text does so in one of T tokens."""
-    return dict(GCA=lambda c: dict(bank=T // c.m), XL=lambda c: dict(window=T) if c.window < 0 else {}).get(
-        type(room).__name__, lambda c: {})(room.c)
+    """The fields with which a room that is meant to see a whole text does so in one of T tokens; None if that would take
+    too long: the time of full attention grows with the square."""
+    kind, c = type(room).__name__, room.c
+    if kind == "XL" and c.window < -1:
+        return dict(window=T) if T <= 8192 else None
+    return dict(bank=T // c.m) if kind == "GCA" else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -762,7 +769,7 @@ def work(b, jobs, seed):
         changed = fields_of(spec, tested=True)
         load = lambda **more: nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
         if task in TRIALS:
-            return trial(load, trial_of(b, task), task, b.seed, searcher(spec))
+            return trial(load, trial_of(b, task), task, b.seed, searcher(spec), b.read)
         books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
         return depth(load(), books, b) if task == "depth" else passages(load(), books)
     return [measured(*job) for job in jobs]
