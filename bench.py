@@ -11,7 +11,7 @@
              and what memory is worth: how much the loss grows when every segment begins with an empty one
     passage  how much easier a passage is to read when it was read before, some segments of another book ago
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    planted, mqar, needle, retain    the same on other streams: each the experiment of one paper, with its own rooms
+    planted, mqar, needle, hops, retain    the same on other streams: each the experiment of one paper, with its own rooms
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -105,11 +105,11 @@ TRIALS = dict(
                   span=8, windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
     mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are "
                "read in one call; windows of 16 tokens, so that what is further back is beyond them",
-               "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 65),
+               "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 64),
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    needle=Trial("by the length of the text, 64 tokens as in training and more, as far as --read: 2 needles, each asked "
+    needle=Trial("by the length of the text, 64 tokens as in training and more, up to --read: 2 needles, each asked "
                  "for 3 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
                  "the 4 chunks of 4 tokens that were found",
                  "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 600, 1,
@@ -117,6 +117,11 @@ TRIALS = dict(
                  lengths=(1, 16, 64, 256, 1024, 16384),
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
+    hops=Trial("by the length of the text, with needles that lead from a key to another key and from there to the value; "
+               "behind a colon the share of questions for which the place of the value was found",
+               "--batch=32 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=64", 900, 1,
+               "needle:pairs=2:asks=2:hops=2:notice=4", test="needle:pairs=2:asks=24:hops=2:notice=4", windows=16,
+               lengths=(1, 16, 64), rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no:groups=2"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
                  "of 64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
@@ -274,7 +279,7 @@ def strangers(room, books, b):
 
 @torch.no_grad()
 def watched(room, books, b, windows):
-    """Read the first windows of up to eight books side by side: yields each segment, the state before and after it."""
+    """Read the first windows of up to eight books side by side: yields each segment, the state before it and after."""
     loader, state = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None
     for batch in (loader.next().to(stream.device_of(room)) for _ in range(windows)):
         state = stream.enter(room, state or room.init_state(len(batch.x)), batch.fresh)
@@ -399,8 +404,8 @@ def trial(load, t, task, seed=0, search="", read=math.inf):
 
 
 def whole(room, T):
-    """The fields with which a room that is meant to see a whole text does so in one of T tokens; None if that would take
-    too long: the time of full attention grows with the square."""
+    """The fields with which a room that is meant to see a whole text does so in one of T tokens; None if that takes too
+    long: the time of full attention grows with the square."""
     kind, c = type(room).__name__, room.c
     if kind == "XL" and c.window < -1:
         return dict(window=T) if T <= 8192 else None

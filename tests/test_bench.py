@@ -71,13 +71,13 @@ def test_side_by_side_is_one_after_the_other(tmp_path, shards):
 
 def test_settings_of_the_test_need_no_other_training(tmp_path, monkeypatch):
     small = bench.Trial("", "--batch=2 --layers=2 --heads=2 --width=16 --seg=32", 2, 1, "needle:notice=8", rows=32,
-                        windows=8, lengths=(1, 2, 64))
+                        windows=8, lengths=(1, 2, 65))
     monkeypatch.setitem(bench.TRIALS, "needle", small)
     real, made = train.main, []
     monkeypatch.setattr(train, "main", lambda argv: made.append(argv) or real(argv))
     gca, full = "gca:chunk=8:topk=2", "full"
     bench.main([f"--rooms={gca},{gca}/retrieval=recent:topk=1,{full}", "--tasks=needle", f"--out={tmp_path}",
-                "--jobs=1", "--read=2047"])
+                "--jobs=1", "--read=2048"])
     found = json.loads((tmp_path / "report.json").read_text())["rooms"]
     one, other, all_ = (found[name]["needle"] for name in (gca, f"{gca}/retrieval=recent:topk=1", full))
     assert len(made) == 2 and [r["length"] for r in one] == [r["length"] for r in other] == [32, 64]
