@@ -11,7 +11,7 @@
              and what memory is worth: how much the loss grows when every segment begins with an empty one
     passage  how much easier a passage is to read when it was read before, some segments of another book ago
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    planted, mqar, needle, hops, retain    the same on other streams: each the experiment of one paper, with its own rooms
+    planted, mqar, needle, hops, retain    the same on other streams: experiments of the papers, with their own rooms
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -117,8 +117,8 @@ TRIALS = dict(
                  lengths=(1, 16, 64, 256, 1024, 16384),
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
-    hops=Trial("by the length of the text, with needles that lead from a key to another key and from there to the value; "
-               "behind a colon the share of questions for which the place of the value was found",
+    hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
+               "value; behind a colon the share of questions for which the place of the value was found",
                "--batch=32 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=64", 900, 1,
                "needle:pairs=2:asks=2:hops=2:notice=4", test="needle:pairs=2:asks=24:hops=2:notice=4", windows=16,
                lengths=(1, 16, 64), rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no:groups=2"),
@@ -258,7 +258,7 @@ def depth(room, books, b):
 
 def strangers(room, books, b):
     """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay),
-    and of a search, how much of its weight goes to memories of the book that the segment is from, and by chance would."""
+    and of a search, the share of its weight that goes to memories of the segment's own book, and by chance would."""
     swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
     found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
     if type(room).__name__ == "HMT" and room.c.query == "prev":
