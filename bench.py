@@ -5,6 +5,7 @@
     python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
     python bench.py --rooms=gca,gca/topk=8                and with some that hold only after training, when it is tested
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
+    python bench.py --suite=night --data=data/pg19        everything, at 30M parameters: a night on one GPU
     python bench.py --plot                                also draws the curves (needs matplotlib)
 
     depth    loss, bits per byte and word perplexity of the held-out books, by position in the book and in the segment,
@@ -51,7 +52,8 @@ class Bench:
     rooms: str = ""              # which rooms, ROOM:field=value/tested:field=value (without it those of the task)
     tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
-    split: str = "validation"    # books that depth reads
+    suite: str = ""              # night: other defaults for what follows
+    final: bool = False          # read the test books: once, when everything is decided
     upto: int = 0                # tokens that it reads of each (0: all)
     out: str = "out/bench"       # folder for checkpoints and report
     steps: int = 40              # training steps on books
@@ -65,7 +67,9 @@ class Bench:
     heads: int = 4               # attention heads
     width: int = 128             # channels
     seg: int = 64                # S, tokens in a segment
+    equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
     lr: float = 4e-3             # learning rate on books
+    search: str = ""             # multiples of it that each room tries on books for a tenth of the steps: 0.5,1,2
     read: int = 100_000          # tokens to read before the last measurement of cost; the longest text of needle
     seed: int = 1                # of weights, order of books, and streams
     seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
@@ -129,8 +133,9 @@ TRIALS = dict(
                  rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
 )
 TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
+SUITES = dict(night=dict(tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, seeds=2,
+                         equal=True, search="0.25,0.5,1", read=2 ** 20))
 QUICK = ("depth", "recall", "cost")   # without --tasks
-COMPARED = "gpt,window,xl,full,rmt,hmt,memformer"   # without --rooms
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
 
@@ -184,13 +189,32 @@ def searcher(spec):
     return way
 
 
+def shape_of(b, spec):
+    """The fields of a room that reads books, but for its own."""
+    shape = {k: getattr(b, k) for k in ("layers", "heads", "width", "seg")}
+    if b.equal and "mlp" not in fields_of(spec):     # parameters grow evenly with the MLPs: a straight line
+        name, own = parts_of(spec)[0], {**fields_of(spec), "vocab": VOCAB}
+        count = lambda name, **more: sum(p.numel() for p in nanomem.build(name, **{**shape, **more}).parameters())
+        few, many = (count(name, **own, mlp=n * b.width) for n in (2, 4))
+        shape["mlp"] = round((2 + 2 * (count("gpt", vocab=VOCAB) - few) / (many - few)) * b.width / 8) * 8
+    return shape
+
+
+def searched(b, spec, seed, folder):
+    """{learning rate: loss on some held-out windows after a tenth of the steps}, of the multiples of --search."""
+    few = [replace(b, steps=max(1, b.steps // 10), lr=b.lr * float(x)) for x in b.search.split(",")]
+    return {f"{f.lr:.1e}": trained([*flags_of(f, spec, "depth", seed), "--windows=16"],
+                                   folder.with_name(f"{folder.name}-lr{f.lr:.1e}"))["best"] for f in few}
+
+
 def flags_of(b, spec, task, seed):
     name, settings, _ = parts_of(spec)
     flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
     own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
-        same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr", "layers", "heads", "width", "seg")
-        return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *own]
+        same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr")
+        shape = [f"--{k}={v}" for k, v in shape_of(b, spec).items()]
+        return [*flags, f"--validate={b.steps}", *[f"--{k}={getattr(b, k)}" for k in same], *shape, *own]
     t = trial_of(b, task)
     K = int(settings.get("segments", t.segments))
     parts = max(1, t.span // K)                  # windows that a text lasts: the more, the more steps for as many texts
@@ -644,9 +668,10 @@ def details(found):
     def part(title, task, columns, cells, last=None):
         rows = {name: r[task] for name, r in found["rooms"].items() if r.get(task)}
         if rows:
-            first = next(iter(rows.values()))
+            first = max(rows.values(), key=len)                  # a room may not have gone as far as the others
             lines = [[name, *cells(r)] for name, r in rows.items()] + ([["", *last(first)]] if last else [])
-            body = table(["room", *columns(first)], lines)
+            head = ["room", *columns(first)]
+            body = table(head, [line + [""] * (len(head) - len(line)) for line in lines])
             parts.append(f"{title(first)}\n\n{body}")
 
     def depths(r):
@@ -677,6 +702,8 @@ def details(found):
             rows = [[k, *(f"{w[i][k]:.0%}" for i in at)] for k in ("retain", "overwrite")]
             parts.append(f"Slots of {name} that keep two thirds of themselves, or lose two thirds, when a book's n-th "
                          f"segment is written:\n\n{table(['n', *(str(i + 1) for i in at)], rows)}")
+    part(lambda r: "Loss on held-out windows after a tenth of the steps, by learning rate; the lowest one was taken:",
+         "search", lambda r: list(r), lambda r: [f"{x:.3f}" for x in r.values()])
     part(lambda r: "Eidetic tokens by their age in tokens, after 8,192 were read:", "ages",
          lambda r: [f"{s['start']}-{s['end'] - 1}" if s["end"] < 1 << 40 else f"{s['start']}-" for s in r],
          lambda r: [f"{s['share']:.0%}" for s in r])
@@ -694,7 +721,7 @@ def details(found):
     part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
-    parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r})
+    parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r}) + claims(found)
     scans = [r["cost"]["scan"] for r in found["rooms"].values() if "scan" in r.get("cost", {})]
     if scans:
         parts.append("B'MOJO's scan of 2,048 tokens, forward and backward, over a loop of its one-token step: "
@@ -704,6 +731,47 @@ def details(found):
         parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
                      f"{'compiled' if found['settings']['compile'] else 'eager'}: {gpt['speed_over_plain']:.2f}x")
     return "\n\n".join(parts)
+
+
+def claims(found):
+    """What the papers say and what we found, as far as it was measured, and whether that holds."""
+    rooms, rows = found["rooms"], []
+
+    def last(name, task, key="accuracy"):
+        """That number in the last column of the first room whose name begins so, None where it was not measured."""
+        return next((r[task][-1][key] for n, r in rooms.items() if n.startswith(name) and "/" not in n and r.get(task)),
+                    None)
+
+    def claim(paper, says, needs, text, holds):
+        if None not in needs:
+            rows.append([paper, says, text(*needs), "holds" if holds(*needs) else "does not hold here"])
+    if found["settings"]["interleave"] > 1 and "rmt" in rooms and "hmt" in rooms:
+        mean, low, high = interval(*(rooms[n]["depth"]["all"]["by_book"] for n in ("hmt", "rmt")))
+        claim("HMT", "on texts in turns a search beats the newest memory (RMT)", [mean, low, high],
+              lambda mean, low, high: f"{mean:+.3f} nats ({low:+.3f} to {high:+.3f})", lambda _, low, high: high < 0)
+    for r in rooms.values():
+        if "replay" in r:
+            few, many = r["replay"]["replay"][1], r["replay"]["replay"][-1]
+            claim("Memformer", "memory replay needs the memory of one segment, at little more time", [few, many],
+                  lambda few, many: f"{many['peak'] / few['peak']:.2f}x the bytes at K={many['K']} as at K={few['K']}, "
+                  f"{many['time_over_bptt']:.2f}x the time", lambda few, many: many["peak"] < 1.05 * few["peak"])
+    far = [half(next((r["retain"] for n, r in rooms.items() if n.startswith(name) and "/" not in n and "retain" in r),
+                     None)) for name in ("memoryllm", "mplus")]
+    claim("M+", "keeps 8 times longer than MemoryLLM (160k tokens, not 20k)", far,
+          lambda a, b: f"accuracy halves after {a:.0f} and {b:.0f} tokens", lambda a, b: b >= 8 * a)
+    claim("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory",
+          [last(n, "mqar") for n in ("mamba", "hybrid", "bmojo_f", "bmojo:state=8:eidetic=24")],
+          lambda *found: " < ".join(f"{x:.0%}" for x in found), lambda *found: list(found) == sorted(found))
+    if (last("gca", "needle", "length") or 0) >= 64_000:
+        claim("GCA", "finds a needle in 1,000 times the length of training",
+              [last("gca", "needle", k) for k in ("accuracy", "found", "length")],
+              lambda right, met, T: f"{right:.0%} right, {met:.0%} found in {T:,} tokens", lambda right, *_: right > 0.95)
+    return [f"What the papers say:\n\n{table(['paper', 'says', 'found', ''], rows)}"] if rows else []
+
+
+def half(columns):
+    """Tokens at which the accuracy of a trial is below half of that in its first column, inf if it never is."""
+    return columns and next((s["start"] for s in columns if s["accuracy"] < columns[0]["accuracy"] / 2), math.inf)
 
 
 def replay_table(rooms):
@@ -768,15 +836,19 @@ def work(b, jobs, seed):
     torch.manual_seed(seed)
     task, spec = source(*jobs[0])
     folder = Path(b.out) / f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
-    checkpoint, device = trained(flags_of(b, spec, task, seed), folder), train.machine(train.Run(device=b.device))[0]
+    device, tried = train.machine(train.Run(device=b.device))[0], {}
+    if task == "depth" and b.search and "lr" not in parts_of(spec)[1]:
+        tried = searched(b, spec, seed, folder)
+        b = replace(b, lr=float(min(tried, key=tried.get)))
+    checkpoint = trained(flags_of(b, spec, task, seed), folder)
 
     def measured(task, spec):
         changed = fields_of(spec, tested=True)
         load = lambda **more: nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
         if task in TRIALS:
             return trial(load, trial_of(b, task), task, b.seed, searcher(spec), b.read)
-        books = data.open_books(b.data, b.split, checkpoint["run"]["tokenizer"])
-        return depth(load(), books, b) if task == "depth" else passages(load(), books)
+        books = data.open_books(b.data, "test" if b.final else "validation", checkpoint["run"]["tokenizer"])
+        return dict(depth(load(), books, b), search=tried) if task == "depth" else passages(load(), books)
     return [measured(*job) for job in jobs]
 
 
@@ -832,8 +904,8 @@ def merged(runs):
 
 def rooms_of(text, task):
     """The rooms of a task, after making sure that each can be built."""
-    own = TRIALS[task].rooms if task in TRIALS else ""
-    specs = [w.strip() for w in (text or own or COMPARED).split(",") if w.strip()]
+    own = TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay")
+    specs = [w.strip() for w in (text or own or ",".join(nanomem.ROOMS)).split(",") if w.strip()]
     for spec in specs:
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
@@ -844,15 +916,18 @@ def rooms_of(text, task):
 
 def room_of(b, spec):
     """An untrained room of the size that reads books."""
-    shape = dict(layers=b.layers, heads=b.heads, width=b.width, seg=b.seg, vocab=VOCAB)
+    shape = {**shape_of(b, spec), "vocab": VOCAB}
     return nanomem.build(parts_of(spec)[0], **{**shape, **fields_of(spec), **fields_of(spec, tested=True)})
 
 
 def main(argv):
     (typed,), words = cli.parse(argv, Bench)
-    b = Bench(**typed)
     if words:
         raise UserError(f"bench.py takes only flags, got {words[0]}")
+    suite = typed.get("suite", "")
+    if suite and suite not in SUITES:
+        raise UserError(f"--suite={suite} is none of them: {cli.nearest(suite, list(SUITES))}")
+    b = Bench(**{**SUITES.get(suite, {}), **typed})
     tasks = [w.strip() for w in b.tasks.split(",") if w.strip()] or QUICK
     for task in tasks:
         if task not in TASKS:
@@ -891,7 +966,8 @@ def main(argv):
             bar.update()
     for (task, spec), results in runs.items():
         found["rooms"][spec][task] = merged(results)
-        found["rooms"][spec]["ages"] = found["rooms"][spec].get("depth", {}).get("ages")
+        for part in ("ages", "search"):
+            found["rooms"][spec][part] = found["rooms"][spec].get("depth", {}).get(part)
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "

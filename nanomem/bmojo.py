@@ -222,7 +222,7 @@ class Layer(nn.Module):
         self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c) if kind != "window" else None
         self.attention = Attention(c, kind) if kind != "ssm" else None
-        spare = 12 * c.width ** 2 - sum(p.numel() for p in self.parameters())
+        spare = (4 * c.width + 2 * c.inner) * c.width - sum(p.numel() for p in self.parameters())
         self.mlp = MLP(c, max(8, spare // (16 * c.width) * 8))
         self.apply(GPT.init)
         nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)

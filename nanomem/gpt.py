@@ -18,8 +18,10 @@ class Config:
     heads: int = 4      # H, attention heads
     width: int = 128    # C, channels of the residual stream
     seg: int = 128      # S, tokens in a segment
+    mlp: int = -1       # channels inside an MLP; -1: four times the width
 
     head_dim = property(lambda c: c.width // c.heads)   # D
+    inner = property(lambda c: c.mlp if c.mlp > 0 else 4 * c.width)
 
     def __post_init__(self):
         for name in ("vocab", "layers", "heads", "width", "seg"):
@@ -89,7 +91,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c, wide=0):
         super().__init__()
-        wide = wide or 4 * c.width
+        wide = wide or c.inner
         self.up = nn.Linear(c.width, wide, bias=False)
         self.out = nn.Linear(wide, c.width, bias=False)
 

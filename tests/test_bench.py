@@ -84,6 +84,49 @@ def test_settings_of_the_test_need_no_other_training(tmp_path, monkeypatch):
     assert one[0]["found"] == 0 or one[0]["found"] != other[0]["found"] and all_[0]["found"] == 0
 
 
+def test_equal_rooms_have_as_many_parameters_as_gpt(name):
+    b = bench.Bench(equal=True, layers=4, heads=4, width=128, seg=64)
+    size = lambda spec: sum(p.numel() for p in bench.room_of(b, spec).parameters())
+    assert abs(size(name) / size("gpt") - 1) < 0.03
+    assert bench.room_of(b, f"{name}:mlp=64").c.mlp == 64
+
+
+def test_the_best_learning_rate_of_a_search_is_taken(tmp_path, shards):
+    bench.main([*SMALL, "--steps=20", "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path}",
+                "--search=0.001,1"])
+    tried = json.loads((tmp_path / "report.json").read_text())["rooms"]["gpt"]["search"]
+    assert set(tried) == {"4.0e-06", "4.0e-03"} and tried["4.0e-03"] < tried["4.0e-06"]
+    assert nanomem.load(tmp_path / "depth-gpt-1")[1]["run"]["lr"] == 4e-3
+    assert nanomem.load(tmp_path / "depth-gpt-1-lr4.0e-06")[1]["run"]["steps"] == 2
+
+
+def test_a_night_goes_through_in_a_minute(tmp_path, shards, monkeypatch):
+    """The whole suite, of a few small rooms that take a step or two on tiny texts."""
+    for task, t in bench.TRIALS.items():
+        flags = t.train.replace("width=64", "width=16").replace("width=32", "width=16").replace("batch=64", "batch=2")
+        monkeypatch.setitem(bench.TRIALS, task, bench.replace(t, train=flags, rows=8, windows=2, lengths=t.lengths[:2]))
+    monkeypatch.setattr(bench, "passages", lambda room, books: [dict(after=0, gain=0.0, interval=0.0)])
+    monkeypatch.setattr(bench.replay, "__defaults__", (1, (2, 4), 1))
+    argv = [*SMALL, "--suite=night", f"--data={shards}", f"--out={tmp_path}", "--heads=2", "--seg=16", "--seeds=1"]
+    assert bench.main([*argv, "--rooms=gpt,rmt,memformer"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(set(bench.TASKS) < set(r) | {"search", "ages"} for r in report["rooms"].values())
+    assert report["settings"]["equal"] and all(len(r["search"]) == 3 for r in report["rooms"].values())
+    assert "What the papers say" in (tmp_path / "report.md").read_text()
+
+
+def test_claims_hold_or_not():
+    curve = lambda *accuracies: [dict(start=4 * 2 ** i, accuracy=a) for i, a in enumerate(accuracies)]
+    rooms = {"memoryllm": dict(retain=curve(1, 0.9, 0.4, 0.1, 0, 0)), "mplus:store=9": dict(retain=curve(1, 1, 1, 1, 1, 1)),
+             "mplus:store=9/retrieval=random": dict(retain=curve(0, 0))}
+    text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
+    assert "halves after 16 and inf tokens" in text and "does not hold" not in text
+    rooms["mplus:store=9"] = dict(retain=curve(1, 0.9, 0.8, 0.7, 0.4))
+    text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
+    assert "halves after 16 and 64 tokens" in text and "does not hold" in text
+    assert bench.claims(dict(rooms=dict(gpt={}), settings=dict(interleave=1))) == []
+
+
 def test_other_settings_train_anew(tmp_path, shards):
     argv = [*SMALL, "--rooms=gpt", "--tasks=depth", f"--data={shards}", f"--out={tmp_path / 'out'}"]
     bench.main(argv)
@@ -217,7 +260,7 @@ def test_the_plain_model_is_as_large_as_gpt():
 
 
 def test_names_with_spaces_and_none_mean_all():
-    assert bench.rooms_of("", "depth") == bench.COMPARED.split(",")
+    assert bench.rooms_of("", "depth") == list(nanomem.ROOMS)
     assert bench.rooms_of("gpt, rmt:mem=2", "depth") == ["gpt", "rmt:mem=2"]
 
 
