@@ -765,7 +765,8 @@ def claims(found):
     if (last("gca", "needle", "length") or 0) >= 64_000:
         claim("GCA", "finds a needle in 1,000 times the length of training",
               [last("gca", "needle", k) for k in ("accuracy", "found", "length")],
-              lambda right, met, T: f"{right:.0%} right, {met:.0%} found in {T:,} tokens", lambda right, *_: right > 0.95)
+              lambda right, met, T: f"{right:.0%} right, {met:.0%} found in {T:,} tokens",
+              lambda right, *_: right > 0.95)
     return [f"What the papers say:\n\n{table(['paper', 'says', 'found', ''], rows)}"] if rows else []
 
 

@@ -132,8 +132,9 @@ class GPT(nn.Module):
 
     @staticmethod
     def init(module):
-        """Every start in one place: maps keep the scale of their input, an MLP begins as nothing, attention with GPT-2's
-        1/sqrt(2 L). Not as nothing too: what is read through zeros gets no gradient, and memories are read there."""
+        """Every start in one place: maps keep the scale of their input, an MLP begins as nothing, attention with
+        GPT-2's 1/sqrt(2 L). Not as nothing too: what is read through zeros gets no gradient, and there memories are
+        read."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, MLP):

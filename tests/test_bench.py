@@ -117,7 +117,8 @@ def test_a_night_goes_through_in_a_minute(tmp_path, shards, monkeypatch):
 
 def test_claims_hold_or_not():
     curve = lambda *accuracies: [dict(start=4 * 2 ** i, accuracy=a) for i, a in enumerate(accuracies)]
-    rooms = {"memoryllm": dict(retain=curve(1, 0.9, 0.4, 0.1, 0, 0)), "mplus:store=9": dict(retain=curve(1, 1, 1, 1, 1, 1)),
+    rooms = {"memoryllm": dict(retain=curve(1, 0.9, 0.4, 0.1, 0, 0)),
+             "mplus:store=9": dict(retain=curve(1, 1, 1, 1, 1, 1)),
              "mplus:store=9/retrieval=random": dict(retain=curve(0, 0))}
     text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
     assert "halves after 16 and inf tokens" in text and "does not hold" not in text
