@@ -180,12 +180,14 @@ def fields_of(spec, tested=False):
     return cli.parse(flags, nanomem.room_class(name).Config, *([] if tested else [train.Run]))[0][0]
 
 
-def searcher(spec):
+def searcher(spec, task=""):
     """M+ can be tested with another way to search, which is no field of it: oracle, random, or "" for its own."""
     name, _, changed = parts_of(spec)
     way = changed.get("retrieval", "") if hasattr(nanomem.room_class(name), "score") else ""
     if way not in ("", "oracle", "random"):
         raise UserError(f"{spec}: retrieval is oracle or random, got {way}")
+    if way == "oracle" and task not in ("", "retain"):
+        raise UserError(f"{spec}: an oracle knows where the answer is in retain, and not in {task}")
     return way
 
 
@@ -383,18 +385,24 @@ def trial_of(b, task):
     return t
 
 
-def searching(room, way, batch):
-    """Let M+ search its store at random, or as an oracle would who knows when the answer to each question was told."""
+def at_random(room):
+    """Let M+ find just any vectors of its store."""
+    room.score = lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0])
+    return room
+
+
+def as_oracle(room, batch):
+    """Let M+ search its store like one who knows when the answer to each question of a batch was told."""
     S, K, rows, begin = room.c.seg, room.c.K, torch.arange(len(batch.x)), room.init_state(len(batch.x))["step"]
     told = (torch.arange(0, batch.x.size(1), S) - batch.at[:, ::S]) // S                     # (B, segments)
 
     def oracle(l, probe, state):
         then = told[rows, (state["step"] - begin).cpu()].to(begin.device)
         return (state["old_birth"][:, l] // K - begin[:, None] == then[:, None]).float()
-    room.score = dict(oracle=oracle, random=lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0]))[way]
+    room.score = oracle
 
 
-def trial(load, t, task, seed=0, search="", read=math.inf):
+def trial(load, t, task, seed=0, oracle=False, read=math.inf):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
     50 questions; and if a room searches, the share of questions for which it found the place of the answer.
     load(**fields) is the room, with these fields changed."""
@@ -414,8 +422,8 @@ def trial(load, t, task, seed=0, search="", read=math.inf):
         ahead = data.Synthetic(name, loader.B, T, seed=(seed, 2))
         with stream.overheard(room) as heard:
             for _ in range(texts // loader.B):
-                if search:
-                    searching(room, search, ahead.next())
+                if oracle:
+                    as_oracle(room, ahead.next())
                 batch, _, hit = next(stream.evaluate(room, loader, 1))
                 asked = batch.y >= 0
                 place = np.digitize(batch.at[asked].cpu().numpy(), edges)
@@ -845,9 +853,13 @@ def work(b, jobs, seed):
 
     def measured(task, spec):
         changed = fields_of(spec, tested=True)
-        load = lambda **more: nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
+        way = searcher(spec, task)
+
+        def load(**more):
+            room = nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
+            return at_random(room) if way == "random" else room
         if task in TRIALS:
-            return trial(load, trial_of(b, task), task, b.seed, searcher(spec), b.read)
+            return trial(load, trial_of(b, task), task, b.seed, way == "oracle", b.read)
         books = data.open_books(b.data, "test" if b.final else "validation", checkpoint["run"]["tokenizer"])
         return dict(depth(load(), books, b), search=tried) if task == "depth" else passages(load(), books)
     return [measured(*job) for job in jobs]
@@ -911,7 +923,7 @@ def rooms_of(text, task):
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
             raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
-        fields_of(spec), fields_of(spec, tested=True)
+        fields_of(spec), fields_of(spec, tested=True), searcher(spec, task)
     return specs
 
 

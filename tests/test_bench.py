@@ -140,7 +140,9 @@ def test_other_settings_train_anew(tmp_path, shards):
     (["--read=10"], "--read=10 is too little"), (["--step=3"], "unknown flag --step: did you mean steps"),
     (["gpt"], "takes only flags"), (["--rooms=gca/topp=2"], "unknown flag --topp: did you mean topk"),
     (["--rooms=gca/steps=2"], "unknown flag --steps"), (["--rooms=mplus/retrieval=best"], "oracle or random, got best"),
-    (["--rooms=rmt/retrieval=random"], "unknown flag --retrieval")])
+    (["--rooms=rmt/retrieval=random"], "unknown flag --retrieval"),
+    (["--rooms=mplus/retrieval=oracle", "--tasks=passage"], "oracle knows where the answer is in retain, and not in p"),
+    (["--suite=day"], "--suite=day is none of them: choose from night")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         bench.main(argv)
@@ -321,7 +323,7 @@ def test_an_oracle_finds_what_was_told_and_chance_does_not():
     batch = data.Synthetic("retain", 3, 64, seed=1).next()
     told, right = {}, dict(oracle=0, random=0)
     for way in right:
-        bench.searching(room, way, batch)
+        bench.as_oracle(room, batch) if way == "oracle" else bench.at_random(room)
         state = room.init_state(3)
         begin, told[way] = state["step"], 0
         for i, x in enumerate(batch.x.split(4, 1)):
