@@ -56,7 +56,7 @@ class Bench:
     final: bool = False          # read the test books: once, when everything is decided
     upto: int = 0                # tokens that it reads of each (0: all)
     out: str = "out/bench"       # folder for checkpoints and report
-    steps: int = 40              # training steps on books
+    steps: int = 20              # training steps on books
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
     pairs: int = 2               # key-value pairs of the recall stream, up to 64; more than 16 take longer windows
     batch: int = 8               # rows, on books
@@ -812,6 +812,7 @@ def draw(found, out):
         if not rooms:
             continue
         figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+        axes.set_prop_cycle(color=plt.cm.tab20.colors)
         first = next(iter(rooms))
         for name, r in rooms.items():
             if task == "depth":
@@ -834,6 +835,24 @@ def draw(found, out):
     return drawn + [draw_writing(name, r["depth"]["writing"], out) for name, r in found["rooms"].items()
                     if "writing" in r.get("depth", {})]
 
+
+def draw_writing(name, rows, out):
+    """writing-NAME.svg: what Memformer's slots do, segment by segment."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    retain, overwrite = (np.array([r[k] for r in rows]) for k in ("retain", "overwrite"))
+    shares = dict(retain=retain, mix=1 - retain - overwrite, overwrite=overwrite)
+    axes.stackplot(range(1, len(rows) + 1), *shares.values(), labels=list(shares))
+    axes.set(xlabel="segments since the book began", ylabel="share of slots", xlim=(1, len(rows)), ylim=(0, 1))
+    figure.legend(loc="outside right upper", frameon=False)
+    path = out / f"writing-{name.replace(':', '-').replace('=', '')}.svg"
+    figure.savefig(path)
+    plt.close(figure)
+    return path.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
 
 def source(task, spec):
     """What a measurement needs to be trained: the task that trains, and the room without what is changed for tests."""
@@ -887,21 +906,6 @@ def side_by_side(function, calls, n):
         yield from ((call, future.result()) for call, future in futures)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def draw_writing(name, rows, out):
-    """writing-NAME.svg: what Memformer's slots do, segment by segment."""
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
-    retain, overwrite = (np.array([r[k] for r in rows]) for k in ("retain", "overwrite"))
-    shares = dict(retain=retain, mix=1 - retain - overwrite, overwrite=overwrite)
-    axes.stackplot(range(1, len(rows) + 1), *shares.values(), labels=list(shares))
-    axes.set(xlabel="segments since the book began", ylabel="share of slots", xlim=(1, len(rows)), ylim=(0, 1))
-    figure.legend(loc="outside right upper", frameon=False)
-    path = out / f"writing-{name.replace(':', '-').replace('=', '')}.svg"
-    figure.savefig(path)
-    plt.close(figure)
-    return path.name
 
 
 def merged(runs):
