@@ -1,6 +1,6 @@
 """Compare the rooms: train what is missing, measure, and print one table.
 
-    python bench.py                                       every room, small, on the embedded book: minutes on a laptop
+    python bench.py                                       a room of each kind, on the embedded book: minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
     python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
     python bench.py --rooms=gca,gca/topk=8                and with some that hold only after training, when it is tested
@@ -136,6 +136,7 @@ TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
 SUITES = dict(night=dict(tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, seeds=2,
                          equal=True, search="0.25,0.5,1", read=2 ** 20))
 QUICK = ("depth", "recall", "cost")   # without --tasks
+COMPARED = "gpt,window,full,rmt,hmt,memformer,mplus,bmojo,gca"   # without --rooms, but for the night, which takes all
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
 
@@ -244,7 +245,7 @@ def losses_of(room, books, b, change=lambda state: state):
 
 def leaky(b):
     """Those of the rooms that have seen some of their targets: there no room is scored."""
-    rooms = (room_of(b, spec) for spec in rooms_of(b.rooms, "depth") if ":" in spec)
+    rooms = (room_of(b, spec) for spec in rooms_of(b, "depth") if ":" in spec)
     return [room for room in rooms if not room.scored().all()]
 
 
@@ -822,6 +823,8 @@ def draw(found, out):
                 x = [s["start"] if TRIALS[task].edges else s["length"] for s in r]
                 y = [s["accuracy"] for s in r]
             axes.plot(x, y, marker=".", label=name)
+        if task == "retain":
+            axes.plot(x, [(1 - 2 / 16) ** (d / 4) for d in x], ":k", label="$(1-K/N)^t$")
         if task == "depth":
             axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s, nats a token", xscale="log")
         else:
@@ -919,10 +922,11 @@ def merged(runs):
     return one if all(r == one for r in runs) else sum(runs) / len(runs)
 
 
-def rooms_of(text, task):
+def rooms_of(b, task):
     """The rooms of a task, after making sure that each can be built."""
     own = TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay")
-    specs = [w.strip() for w in (text or own or ",".join(nanomem.ROOMS)).split(",") if w.strip()]
+    text = b.rooms or own or (",".join(nanomem.ROOMS) if b.suite else COMPARED)
+    specs = [w.strip() for w in text.split(",") if w.strip()]
     for spec in specs:
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
@@ -950,7 +954,7 @@ def main(argv):
         if task not in TASKS:
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
     seeds = range(b.seed, b.seed + b.seeds)
-    jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b.rooms, task)]
+    jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b, task)]
     same = {}                                              # what one training serves
     for job in jobs:
         same.setdefault(source(*job), []).append(job)

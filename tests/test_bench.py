@@ -263,8 +263,9 @@ def test_the_plain_model_is_as_large_as_gpt():
 
 
 def test_names_with_spaces_and_none_mean_all():
-    assert bench.rooms_of("", "depth") == list(nanomem.ROOMS)
-    assert bench.rooms_of("gpt, rmt:mem=2", "depth") == ["gpt", "rmt:mem=2"]
+    assert bench.rooms_of(bench.Bench(), "depth") == bench.COMPARED.split(",")
+    assert bench.rooms_of(bench.Bench(suite="night"), "depth") == list(nanomem.ROOMS)
+    assert bench.rooms_of(bench.Bench(rooms="gpt, rmt:mem=2"), "depth") == ["gpt", "rmt:mem=2"]
 
 
 @pytest.mark.parametrize("rooms, why", [
