@@ -275,7 +275,7 @@ def depth(room, books, b):
     more = strangers(room, books, b) if b.interleave > 1 else {}
     if type(room).__name__ == "Memformer":
         more["writing"] = writing(room, books, b)
-    if type(room).__name__ == "BMojo" and room.c.M and min(map(len, losses)) > 8192:
+    if any(k.endswith(".eps") for k in room.init_state(1)) and min(map(len, losses)) > 8192:
         more["ages"] = ages(room, books, b)
     return dict(more, books=len(books), parameters=size,
                 extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
