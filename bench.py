@@ -245,7 +245,7 @@ def losses_of(room, books, b, change=lambda state: state):
 
 def leaky(b):
     """Those of the rooms that have seen some of their targets: there no room is scored."""
-    rooms = (room_of(b, spec) for spec in rooms_of(b, "depth") if ":" in spec)
+    rooms = (room_of(b, spec) for spec in rooms_of(b, "depth") if set(spec) & set(":/"))
     return [room for room in rooms if not room.scored().all()]
 
 
@@ -354,7 +354,8 @@ def passages(room, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), rows=64):
             for t, x in enumerate([*others[:, S:].split(S, 1), None]):
                 if t in after:
                     logits = room(once[:, :-1], state)[0][:, S // 2:]
-                    nll.append(F.cross_entropy(logits.transpose(1, 2), once[:, S // 2 + 1:], reduction="none").mean(1))
+                    loss = F.cross_entropy(logits.transpose(1, 2), once[:, S // 2 + 1:], reduction="none")
+                    nll.append(loss[:, room.scored()[S // 2:]].mean(1))      # not where the room looked ahead
                 state = state if x is None else room(x, state)[1]
         gains.append(torch.stack(nll).unflatten(0, (2, -1)).diff(dim=0)[0].neg())
     gains = torch.cat(gains, 1)                                                 # (times, n)
@@ -754,7 +755,7 @@ def claims(found):
     def claim(paper, says, needs, text, holds):
         if None not in needs:
             rows.append([paper, says, text(*needs), "holds" if holds(*needs) else "does not hold here"])
-    if found["settings"]["interleave"] > 1 and "rmt" in rooms and "hmt" in rooms:
+    if found["settings"]["interleave"] > 1 and all("depth" in rooms.get(n, {}) for n in ("rmt", "hmt")):
         mean, low, high = interval(*(rooms[n]["depth"]["all"]["by_book"] for n in ("hmt", "rmt")))
         claim("HMT", "on texts in turns a search beats the newest memory (RMT)", [mean, low, high],
               lambda mean, low, high: f"{mean:+.3f} nats ({low:+.3f} to {high:+.3f})", lambda _, low, high: high < 0)

@@ -126,6 +126,7 @@ def test_claims_hold_or_not():
     text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
     assert "halves after 16 and 64 tokens" in text and "does not hold" in text
     assert bench.claims(dict(rooms=dict(gpt={}), settings=dict(interleave=1))) == []
+    assert bench.claims(dict(rooms=dict(rmt={}, hmt={}), settings=dict(interleave=2))) == []
 
 
 def test_other_settings_train_anew(tmp_path, shards):
