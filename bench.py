@@ -17,6 +17,7 @@
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
 import contextlib
+import copy
 import importlib.util
 import io
 import itertools
@@ -58,14 +59,14 @@ class Bench:
     out: str = "out/bench"       # folder for checkpoints and report
     steps: int = 20              # training steps on books
     stream_steps: int = 0        # training steps on a synthetic stream (0: as many as it takes)
-    pairs: int = 2               # key-value pairs of the recall stream, up to 64; more than 16 take longer windows
+    pairs: int = 2               # key-value pairs of the recall stream, up to 64, and all its lengths with them
     batch: int = 8               # rows, on books
     segments: int = 4            # K, segments in a window
     interleave: int = 1          # books that a row reads in turns
     turn: int = 1                # segments that a turn lasts
-    layers: int = 4              # of the rooms that read books
-    heads: int = 4               # attention heads
-    width: int = 128             # channels
+    layers: int = 2              # of the rooms that read books
+    heads: int = 2               # attention heads
+    width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
     equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
     lr: float = 4e-3             # learning rate on books
@@ -97,8 +98,8 @@ class Trial:
 
 
 TRIALS = dict(
-    recall=Trial("by tokens between question and answer, in segments of 16 tokens, tested on texts twice as long as in "
-                 "training",
+    recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
+                 "as long as in training",
                  "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 4,
                  test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
                  edges=tuple(range(0, 129, 16))),
@@ -138,7 +139,7 @@ SUITES = dict(night=dict(tasks=",".join(TASKS), layers=8, heads=8, width=512, se
 QUICK = ("depth", "recall", "cost")   # without --tasks
 COMPARED = "gpt,window,full,rmt,hmt,memformer,mplus,bmojo,gca"   # without --rooms, but for the night, which takes all
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
-EDGES = [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 40]   # positions in a book where one column ends
+EDGES = [0, 256, 512, 1024, 4096, 16384, 65536, 1 << 40]   # positions in a book where one column ends
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,14 +377,14 @@ def interval(ours, theirs, draws=2000):
 # Synthetic streams
 
 def trial_of(b, task):
-    """The trial of that name; with another number of pairs, the recall that has them: in texts that are long enough,
-    and as many tokens a step."""
+    """The trial of that name; with another number of pairs, the recall that has them: everything in proportion, as many
+    tokens a step, and more steps."""
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
-        K = max(4, b.pairs // 2)
-        t = replace(t, data=f"recall:pairs={b.pairs}", test=f"recall:asks=2:pairs={b.pairs}", segments=K,
-                    train=t.train.replace("batch=64", f"batch={256 // K}"), lengths=(2 * K,),
-                    edges=tuple(range(0, 32 * K + 1, 4 * K)))
+        S = 8 * b.pairs
+        flags = f"{t.train} --cooldown=0.4".replace("seg=16", f"seg={S}").replace("batch=64", f"batch={128 // b.pairs}")
+        t = replace(t, data=f"recall:pairs={b.pairs}:mixed=yes", test=f"recall:asks=2:pairs={b.pairs}", train=flags,
+                    steps=3 * t.steps, edges=tuple(range(0, 8 * S + 1, S)), windows=max(2, 64 // b.pairs))
     return t
 
 
@@ -558,6 +559,13 @@ def held(reader):
     return sum(t.nbytes for t in tree_leaves([reader.state, reader.page, reader.cache]) if isinstance(t, torch.Tensor))
 
 
+def copied(reader):
+    """A reader of the same text at the same place, to read on in another way."""
+    other = copy.copy(reader)
+    other.turn_page({k: v.clone() for k, v in reader.state.items()}, reader.page)
+    return other
+
+
 def cost(room, b):
     """What training and reading cost, and how that grows with what was read."""
     c, device = room.c, stream.device_of(room)
@@ -565,28 +573,28 @@ def cost(room, b):
     tokens = b.batch * b.segments * c.seg
     ours, theirs = seconds(device, *(training_step(m, b.batch, b.segments, compile=b.compile) for m in (room, plain)))
 
-    # decoding after a little and after a lot was read: one whole segment each, in turn
-    depths = sorted({1024, *(d for d in (131_072,) if d < b.read), b.read})
+    # reading on, and decoding, after a little and after a lot was read: one segment each, in turn
+    depths = sorted({d for d in (1024, 16_384, 262_144) if d < b.read} | {b.read})
+    book, reader = torch.randint(c.vocab, (1, b.read), device=device), stream.Reader(room.eval())
     readers, kept, peaks = [], [], []
-    book = torch.randint(c.vocab, (1, max(depths)), device=device)
-    room.eval()
     for d in depths:
-        reader = stream.Reader(room)
-        reader(book[:, :d // c.seg * c.seg])
+        if reader.count < d // c.seg * c.seg:
+            reader(book[:, reader.count:d // c.seg * c.seg])
+        readers.append(copied(reader))
         with torch.no_grad(), LiveBytes() as live:
-            reader(book[:, :c.seg + 1])
-        readers.append(reader)
-        kept.append(held(reader))
+            readers[-1](book[:, :c.seg + 1])
+        kept.append(held(readers[-1]))
         peaks.append(live.peak)
+        readers[-1] = copied(reader)
+    read, decode = ([lambda r=r, n=n: [r(x) for x in book[:, :c.seg].split(n, 1)] for r in readers] for n in (c.seg, 1))
+    times = seconds(device, *read, *decode, rounds=7).reshape(2, len(depths), -1)
     room.train()
-    decode = [lambda r=r: [r(book[:, i:i + 1]) for i in range(c.seg)] for r in readers]
-    times = seconds(device, *decode, rounds=9)
     more = dict(scan=scan_over_loop()) if type(room).__name__ == "BMojo" else {}
     return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
                 state_bytes=stream.nbytes(room.init_state(1)),
-                reading=[dict(read=d, decode_ms=1000 * t / c.seg, held=h, peak=p)
-                         for d, t, h, p in zip(depths, np.median(times, 1), kept, peaks)],
-                decode_growth=np.median(times[-1] / times[0]))
+                reading=[dict(read=d, read_ms=1000 * t / c.seg, decode_ms=1000 * t1 / c.seg, held=h, peak=p)
+                         for d, t, t1, h, p in zip(depths, *np.median(times, 2), kept, peaks)],
+                **{k: np.median(t[-1] / t[0]) for k, t in zip(("read_growth", "decode_growth"), times)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -651,9 +659,9 @@ def percent(s):
 
 def summary(found):
     """The one table: a line a room, the columns of the tasks that ran."""
-    head, rows = ["room"], {name: [name] for name in found["rooms"]}
+    lines = {}
     for name, r in found["rooms"].items():
-        cells = {}
+        lines[name] = cells = {}
         if "depth" in r:
             d, score = r["depth"], r["depth"]["all"]
             cells.update({"parameters": f"{d['parameters'] / 1e6:.2f}M", "extra": f"{d['extra']:.1%}",
@@ -667,8 +675,8 @@ def summary(found):
                           "train tok/s": f"{c['training_tokens_per_s'] / 1e3:.1f}k",
                           "ms/token": f"{c['reading'][0]['decode_ms']:.2f}",
                           f"after {c['reading'][-1]['read'] // 1000:,}k": f"{c['decode_growth']:.2f}x"})
-        head, rows[name] = ["room", *cells], [name, *cells.values()]
-    return table(head, rows.values())
+    head = max(lines.values(), key=len)                      # not every room has been through every task
+    return table(["room", *head], [[name, *(cells.get(k, "") for k in head)] for name, cells in lines.items() if cells])
 
 
 def details(found):
@@ -685,7 +693,8 @@ def details(found):
             parts.append(f"{title(first)}\n\n{body}")
 
     def depths(r):
-        return [f"{s['start'] // 1024}k-{s['end'] / 1024:.0f}k" for s in r["by_position"]]
+        short = lambda n: f"{n / 1024:.0f}k" if n >= 1024 else str(n)
+        return [f"{short(s['start'])}-{short(s['end'])}" for s in r["by_position"]]
 
     part(lambda r: f"Loss in nats a token by position in the book (held-out books: {r['books']}):", "depth",
          depths, lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
@@ -728,9 +737,11 @@ def details(found):
         part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the "
                        "last line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
              lambda r: [f"{s['questions']:,.0f}" for s in r])
-    part(lambda r: "Decoding after so many tokens were read: ms a token, bytes held, peak bytes of reading on:", "cost",
+    part(lambda r: "After so many tokens were read: ms a token to read on in whole segments, ms a token to write, bytes "
+                   "held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
-         lambda r: [f"{x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}" for x in r["reading"]])
+         lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
+                    for x in r["reading"]])
     parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r}) + claims(found)
     scans = [r["cost"]["scan"] for r in found["rooms"].values() if "scan" in r.get("cost", {})]
     if scans:
@@ -888,6 +899,14 @@ def work(b, jobs, seed):
     return [measured(*job) for job in jobs]
 
 
+def or_error(function, *args):
+    """What the function returns, or the UserError that it raises: one job that fails must not cost the others."""
+    try:
+        return function(*args)
+    except UserError as error:
+        return error
+
+
 def threads_of(device):
     return torch.get_num_threads() if device.type == "cpu" else 1
 
@@ -900,13 +919,14 @@ def alone():
 
 
 def side_by_side(function, calls, n):
-    """Yield (call, function(*call)), n of them at work at a time: small rooms use one thread better than several."""
+    """Yield (call, function(*call), or the UserError that it raised), n of them at work at a time: small rooms use one
+    thread better than several."""
     if n == 1 or len(calls) < 2:
-        yield from ((call, function(*call)) for call in calls)
+        yield from ((call, or_error(function, *call)) for call in calls)
         return
     pool = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), alone)
     try:
-        futures = [(call, pool.submit(function, *call)) for call in calls]
+        futures = [(call, pool.submit(or_error, function, *call)) for call in calls]
         yield from ((call, future.result()) for call, future in futures)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -973,9 +993,13 @@ def main(argv):
         chip = torch.cuda.get_device_name(device)
     found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
                  settings=asdict(b), rooms={spec: {} for _, spec in jobs})
-    runs = {job: [] for job in jobs}
+    runs, failed = {job: [] for job in jobs}, []
     with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
         for (_, served, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            if isinstance(results, UserError):
+                failed.append("{} of {}: {}".format(*served[-1], results))
+                bar.write(f"warning: {failed[-1]}", sys.stderr)
+                results = []
             for job, result in zip(served, results):
                 runs[job].append(result)
             bar.set_description("{} of {}".format(*served[-1]))
@@ -986,8 +1010,11 @@ def main(argv):
             runs[task, spec].append(cost(room, b) if task == "cost" else replay(room))
             bar.set_description(f"{task} of {spec}")
             bar.update()
+    if failed and not any(runs.values()):
+        raise UserError(failed[0])
     for (task, spec), results in runs.items():
-        found["rooms"][spec][task] = merged(results)
+        if results:
+            found["rooms"][spec][task] = merged(results)
         for part in ("ages", "search"):
             found["rooms"][spec][part] = found["rooms"][spec].get("depth", {}).get(part)
     found["minutes"] = (time.perf_counter() - start) / 60
@@ -999,6 +1026,8 @@ def main(argv):
     (out / "report.json").write_text(json.dumps(found, indent=1, default=float))
     (out / "report.md").write_text(f"```\n{report}\n```\n\n{summary(found)}\n\n{details(found)}\n")
     print(f"written to {out}:", ", ".join(["report.md", "report.json", *(draw(found, out) if b.plot else [])]))
+    if failed:
+        raise UserError(f"not all of it could be measured: {'; '.join(failed)}")
     return 0
 
 

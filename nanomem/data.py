@@ -343,21 +343,26 @@ def keys(rng, B, n):
     return NOISE + VALUES + rng.permuted(np.tile(np.arange(max(16, n)), (B, 1)), axis=1)[:, :n]
 
 
-def recall(rng, B, T, pairs=2, asks=0):
+def recall(rng, B, T, pairs=2, asks=0, mixed=False):
     """Key-value pairs strewn over filler; each key comes back `asks` times and asks for its value (0: as often as makes
     the pairs half of the text). All places are drawn uniformly, so that questions near their answer teach what
-    questions across segments test; the distance counts from the last time that the pair was seen."""
+    questions across segments test; the distance counts from the last time that the pair was seen. Many pairs are
+    learned after few: mixed, each text draws how many of its pairs are different."""
     asks = asks or T // (4 * pairs) - 1
     if not 0 < pairs <= KEYS or asks < 1 or pairs * (asks + 1) > T // 2:
         raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     places = rng.permuted(np.tile(np.arange(0, T - 1, 2), (B, 1)), axis=1)[:, :pairs * (asks + 1)]
-    places = np.sort(places.reshape(B, pairs, asks + 1))
-    key = keys(rng, B, pairs)[..., None]
-    value = NOISE + rng.integers(VALUES, size=(B, pairs, 1))
-    x, rows = filler(rng, B, T), np.arange(B)[:, None, None]
+    key = keys(rng, B, pairs)
+    value = NOISE + rng.integers(VALUES, size=(B, pairs))
+    x, rows = filler(rng, B, T), np.arange(B)[:, None]
     y, at = np.full_like(x, -1), np.zeros_like(x)
+    pair = np.arange(pairs).repeat(asks + 1) % (1 + rng.integers(pairs, size=(B, 1)) if mixed else pairs)
+    pair, places = np.divmod(np.sort(pair * T + places), T)                   # one pair after the other, each in order
+    key, value = key[rows, pair], value[rows, pair]
     x[rows, places], x[rows, places + 1] = key, value
-    y[rows, places[..., 1:]], at[rows, places[..., 1:]] = value, np.diff(places)
+    again = np.diff(pair, prepend=-1) == 0                                    # all but the first time
+    y[rows, places] = np.where(again, value, -1)
+    at[rows, places] = np.where(again, np.diff(places, prepend=0), 0)
     return x, y, at
 
 

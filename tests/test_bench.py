@@ -263,6 +263,24 @@ def test_the_plain_model_is_as_large_as_gpt():
     assert abs(size(gpt) - gpt.head.weight.numel() - size(plain)) < 0.05 * size(gpt)   # it ties its head
 
 
+def test_a_job_that_fails_does_not_cost_the_others(tmp_path, capsys, monkeypatch):
+    real = train.main
+
+    def main(argv):
+        if "--room=rmt" in argv and "--data=recall" in argv:
+            raise UserError("the loss is nan in step 2")
+        return real(argv)
+    monkeypatch.setattr(train, "main", main)
+    argv = [*SMALL, "--tasks=recall,cost", f"--out={tmp_path}", "--jobs=1"]
+    with pytest.raises(UserError, match="not all of it could be measured: recall of rmt: the loss is nan in step 2"):
+        bench.main([*argv, "--rooms=rmt,gpt"])
+    rooms = json.loads((tmp_path / "report.json").read_text())["rooms"]
+    assert set(rooms["gpt"]) - set(rooms["rmt"]) == {"recall"}
+    assert all(f"\n| {name} " in (tmp_path / "report.md").read_text() for name in ("gpt", "rmt"))
+    with pytest.raises(UserError, match="^recall of rmt: the loss is nan"):      # and nothing is no report
+        bench.main([*argv, "--tasks=recall", "--rooms=rmt"])
+
+
 def test_names_with_spaces_and_none_mean_all():
     assert bench.rooms_of(bench.Bench(), "depth") == bench.COMPARED.split(",")
     assert bench.rooms_of(bench.Bench(suite="night"), "depth") == list(nanomem.ROOMS)
@@ -290,7 +308,7 @@ def test_settings_make_a_room_of_their_own(tmp_path, shards):
 def test_every_number_of_pairs_fits_into_its_texts(pairs):
     t = bench.trial_of(bench.Bench(pairs=pairs), "recall")
     for name, segments in ((t.data or "recall", t.segments), (t.test, t.lengths[0])):
-        batch = data.Synthetic(name, 2, 16 * segments).next()
+        batch = data.Synthetic(name, 2, 8 * pairs * segments).next()
         assert (batch.y >= 0).any(1).all() and batch.at.max() < t.edges[-1]
 
 

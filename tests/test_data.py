@@ -232,7 +232,7 @@ def test_a_position_of_another_batch_size_is_refused():
 
 # synthetic streams
 
-@pytest.mark.parametrize("name", data.STREAMS)
+@pytest.mark.parametrize("name", [*data.STREAMS, "recall:pairs=8:mixed=yes"])
 def test_the_answer_stands_where_the_distance_says(name):
     batch = data.Synthetic(name, 16, 128, seed=1).next()
     rows, t = (batch.y >= 0).nonzero(as_tuple=True)
@@ -243,6 +243,12 @@ def test_the_answer_stands_where_the_distance_says(name):
     for r, q, p in zip(rows, t, back):                                          # and nowhere in between
         assert not ((batch.x[r, p + 1:q] == batch.x[r, q]) & (batch.x[r, p + 2:q + 1] == batch.y[r, q])).any()
     assert not data.Synthetic(name, 16, 128, seed=2).next().x.equal(batch.x)
+
+
+def test_mixed_texts_have_any_number_of_pairs():
+    x, y, _ = data.recall(np.random.default_rng(0), 200, 64, pairs=4, mixed=True)
+    count = [len(set(x[y >= 0])) for x, y in zip(x, y)]
+    assert (y >= 0).sum(1).max() == 16 - 1 and all(count.count(n) > 25 for n in (1, 2, 3, 4))
 
 
 def test_every_question_of_mqar_has_its_pair_at_the_beginning():
