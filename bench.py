@@ -1,6 +1,6 @@
 """Compare the rooms: train what is missing, measure, and print one table.
 
-    python bench.py                                       a room of each kind, on the embedded book: minutes on a laptop
+    python bench.py                                       every room, on the embedded book: ten minutes on a laptop
     python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
     python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
     python bench.py --rooms=gca,gca/topk=8                and with some that hold only after training, when it is tested
@@ -100,9 +100,9 @@ class Trial:
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
                  "as long as in training",
-                 "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 400, 4,
-                 test="recall:asks=2",   # each pair is seen only three times, so that the distances are long
-                 edges=tuple(range(0, 129, 16))),
+                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 260, 4,
+                 "recall:mixed=yes", test="recall:asks=2",   # each pair is seen three times: the distances are long
+                 edges=tuple(range(0, 129, 16)), windows=16),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
                   "trained on texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
                   "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, "planted:gap=64",
@@ -114,19 +114,19 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    needle=Trial("by the length of the text, 64 tokens as in training and more, up to --read: 2 needles, each asked "
-                 "for 3 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
+    needle=Trial("by the length of the text, 1,024 tokens as in training and more, up to --read: 2 needles, each asked "
+                 "for 64 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
                  "the 4 chunks of 4 tokens that were found",
-                 "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 600, 1,
-                 "needle:pairs=2:asks=3:notice=4", test="needle:pairs=2:asks=24:notice=4", windows=16,
-                 lengths=(1, 16, 64, 256, 1024, 16384),
-                 rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
-                       "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
+                 "--batch=4 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 2000, 1,
+                 "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
+                 lengths=(1, 4, 16, 64, 256, 1024),
+                 rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
+                       "gca:chunk=4:bypass=no:bank=256/retrieval=recent,window:window=16,full:window=-2"),
     hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
                "value; behind a colon the share of questions for which the place of the value was found",
-               "--batch=32 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=64", 900, 1,
-               "needle:pairs=2:asks=2:hops=2:notice=4", test="needle:pairs=2:asks=24:hops=2:notice=4", windows=16,
-               lengths=(1, 16, 64), rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no:groups=2"),
+               "--batch=16 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=256", 3000, 1,
+               "needle:pairs=2:asks=10:hops=2:notice=8", test="needle:pairs=2:asks=24:hops=2:notice=8", windows=4,
+               lengths=(1, 4, 16, 64), rooms="gca:chunk=4:bypass=no:bank=64,gca:chunk=4:bypass=no:bank=64:groups=2"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
                  "of 64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
@@ -137,8 +137,23 @@ TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
 SUITES = dict(night=dict(tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, seeds=2,
                          equal=True, search="0.25,0.5,1", read=2 ** 20))
 QUICK = ("depth", "recall", "cost")   # without --tasks
-COMPARED = "gpt,window,full,rmt,hmt,memformer,mplus,bmojo,gca"   # without --rooms, but for the night, which takes all
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
+KEEPS = dict(   # of what lies before the segment: what a room still has exactly, and what fades
+    gpt=("nothing", "nothing: it is gone"),
+    window=("the last W tokens", "nothing: it is cut off"),
+    xl=("the last W tokens", "nothing: it is cut off"),
+    full=("the last 8 segments", "nothing: it is cut off"),
+    rmt=("a few last tokens", "M vectors, rewritten every segment"),
+    hmt=("a few last tokens; a bank of memories, until it is full", "what the search does not weigh"),
+    hmt_split=("a few last tokens; a bank of memories, until it is full", "what the search does not weigh"),
+    memformer=("nothing", "M slots, rewritten every segment"),
+    memoryllm=("what was not dropped", "the rest: (1 - K/N)^t is left after t writes"),
+    mplus=("pool and store, until that is full", "what is not found"),
+    mamba=("nothing", "all of it, at rates it learns"),
+    hybrid=("the last W tokens", "all before, at rates it learns"),
+    bmojo_f=("the last W tokens", "all before, at rates it learns"),
+    bmojo=("the last W tokens and M others", "the rest, at rates it learns"),
+    gca=("all chunks, until the bank is full", "what is not found"))
 EDGES = [0, 256, 512, 1024, 4096, 16384, 65536, 1 << 40]   # positions in a book where one column ends
 
 
@@ -278,7 +293,7 @@ def depth(room, books, b):
         more["writing"] = writing(room, books, b)
     if any(k.endswith(".eps") for k in room.init_state(1)) and min(map(len, losses)) > 8192:
         more["ages"] = ages(room, books, b)
-    return dict(more, books=len(books), parameters=size,
+    return dict(more, books=len(books), parameters=size, state_bytes=stream.nbytes(room.init_state(1)),
                 extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
@@ -382,9 +397,9 @@ def trial_of(b, task):
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
         S = 8 * b.pairs
-        flags = f"{t.train} --cooldown=0.4".replace("seg=16", f"seg={S}").replace("batch=64", f"batch={128 // b.pairs}")
-        t = replace(t, data=f"recall:pairs={b.pairs}:mixed=yes", test=f"recall:asks=2:pairs={b.pairs}", train=flags,
-                    steps=3 * t.steps, edges=tuple(range(0, 8 * S + 1, S)), windows=max(2, 64 // b.pairs))
+        flags = t.train.replace("seg=16", f"seg={S}").replace("batch=64", f"batch={128 // b.pairs}")
+        t = replace(t, data=f"{t.data}:pairs={b.pairs}", test=f"{t.test}:pairs={b.pairs}", train=flags,
+                    steps=1200, edges=tuple(range(0, 8 * S + 1, S)), windows=max(2, 64 // b.pairs))
     return t
 
 
@@ -587,7 +602,7 @@ def cost(room, b):
         peaks.append(live.peak)
         readers[-1] = copied(reader)
     read, decode = ([lambda r=r, n=n: [r(x) for x in book[:, :c.seg].split(n, 1)] for r in readers] for n in (c.seg, 1))
-    times = seconds(device, *read, *decode, rounds=7).reshape(2, len(depths), -1)
+    times = seconds(device, *read, *decode, rounds=5).reshape(2, len(depths), -1)
     room.train()
     more = dict(scan=scan_over_loop()) if type(room).__name__ == "BMojo" else {}
     return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
@@ -706,6 +721,9 @@ def details(found):
                 yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
         part(lambda r: f"Loss minus that of {first} on the same books, with its 95% interval over books (~: a tie):",
              "depth", lambda r: ["all", *depths(r)], against)
+    part(lambda r: "What a room remembers of the text before its segment:", "depth",
+         lambda r: ["parameters", "more than gpt", "bytes a row", "exactly", "what fades"],
+         lambda r: [f"{r['parameters']:,}", f"{r['extra']:.1%}", size(r["state_bytes"]), *r["keeps"]])
     part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
          "depth", depths, lambda r: [f"{s['memory']:.3f}" for s in r["by_position"]])
     if found["settings"]["interleave"] > 1:
@@ -895,7 +913,9 @@ def work(b, jobs, seed):
         if task in TRIALS:
             return trial(load, trial_of(b, task), task, b.seed, way == "oracle", b.read)
         books = data.open_books(b.data, "test" if b.final else "validation", checkpoint["run"]["tokenizer"])
-        return dict(depth(load(), books, b), search=tried) if task == "depth" else passages(load(), books)
+        if task == "passage":
+            return passages(load(), books)
+        return dict(depth(load(), books, b), search=tried, keeps=KEEPS.get(parts_of(spec)[0], ("", "")))
     return [measured(*job) for job in jobs]
 
 
@@ -944,9 +964,9 @@ def merged(runs):
 
 
 def rooms_of(b, task):
-    """The rooms of a task, after making sure that each can be built."""
+    """The rooms of a task, all unless it has its own, after making sure that each can be built."""
     own = TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay")
-    text = b.rooms or own or (",".join(nanomem.ROOMS) if b.suite else COMPARED)
+    text = b.rooms or own or ",".join(nanomem.ROOMS)
     specs = [w.strip() for w in text.split(",") if w.strip()]
     for spec in specs:
         name, _, _ = parts_of(spec)

@@ -113,7 +113,7 @@ def test_memory_rows_have_an_order_and_it_is_all_in_their_positions(monkeypatch)
     state = after(room)
     mixed = dict(state, pool=state["pool"].flip(2), birth=state["birth"].flip(2))
     assert not close(room(x, state)[0], room(x, mixed)[0])
-    still = lambda pos, D: (torch.ones(len(pos), D // 2), torch.zeros(len(pos), D // 2))
+    still = lambda pos, D: (torch.ones(len(pos), D), torch.zeros(len(pos), D))
     monkeypatch.setattr(mplus, "angles", still)
     assert close(room(x, state)[0], room(x, mixed)[0])
 
