@@ -12,7 +12,8 @@
              and what memory is worth: how much the loss grows when every segment begins with an empty one
     passage  how much easier a passage is to read when it was read before, some segments of another book ago
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
-    planted, mqar, needle, hops, retain    the same on other streams: experiments of the papers, with their own rooms
+    planted, mqar, needle, needle1k, hops, retain    the same on other streams: experiments of the papers, with their
+             own rooms
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -114,14 +115,20 @@ TRIALS = dict(
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
-    needle=Trial("by the length of the text, 1,024 tokens as in training and more, up to --read: 2 needles, each asked "
-                 "for 64 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
+    needle=Trial("by the length of the text, 64 tokens as in training and more, up to --read: 2 needles, each asked "
+                 "for 3 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
                  "the 4 chunks of 4 tokens that were found",
-                 "--batch=4 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 2000, 1,
-                 "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
-                 lengths=(1, 4, 16, 64, 256, 1024),
-                 rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
-                       "gca:chunk=4:bypass=no:bank=256/retrieval=recent,window:window=16,full:window=-2"),
+                 "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 600, 1,
+                 "needle:pairs=2:asks=3:notice=4", test="needle:pairs=2:asks=24:notice=4", windows=16,
+                 lengths=(1, 16, 64, 256, 1024, 16384),
+                 rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
+                       "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
+    needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 64 questions for each needle",
+                   "--batch=4 --lr=4e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 4000, 1,
+                   "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
+                   lengths=(1, 4, 16, 64, 256, 1024),
+                   rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
+                         "gca:chunk=4:bypass=no:bank=256/retrieval=recent,window:window=16,full:window=-2"),
     hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
                "value; behind a colon the share of questions for which the place of the value was found",
                "--batch=16 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=256", 3000, 1,

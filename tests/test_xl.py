@@ -1,8 +1,9 @@
 """Sliding window, Transformer-XL and full attention against one pass over the whole text."""
 import pytest
 import torch
+from torch.nn import functional as F
 
-from nanomem.gpt import GPT, angles, rotate
+from nanomem.gpt import GPT, angles, norm, rotate
 
 from conftest import TINY, tiny
 from test_room import S, close, text, walk, watch
@@ -95,3 +96,14 @@ def test_turns_add_up():
     by = lambda n: angles(torch.full((1,), n), 16)
     assert torch.allclose(rotate(rotate(x, by(7)), by(-3)), rotate(x, by(4)), atol=1e-5)
     assert torch.allclose(rotate(x, by(5)).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_bricks_are_what_the_library_and_the_complex_numbers_say(dtype):
+    x, D, near = torch.randn(2, 3, 5, 16, dtype=dtype), 16, 4 * max(torch.finfo(dtype).eps, 1e-6)
+    assert norm(x).dtype == dtype and norm(0 * x).eq(0).all()
+    assert torch.allclose(norm(x), F.rms_norm(x, (D,)), rtol=near)
+    turn = torch.polar(torch.ones(5, D // 2), torch.arange(3, 8)[:, None] * 10_000 ** (-torch.arange(0, D, 2) / D))
+    z = torch.complex(*x.float().chunk(2, -1)) * turn
+    assert torch.allclose(rotate(x, angles(torch.arange(3, 8), D)).float(), torch.cat([z.real, z.imag], -1),
+                          rtol=near, atol=near)
