@@ -101,9 +101,9 @@ class Trial:
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
                  "as long as in training",
-                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 260, 4,
+                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 240, 4,
                  "recall:mixed=yes", test="recall:asks=2",   # each pair is seen three times: the distances are long
-                 edges=tuple(range(0, 129, 16)), windows=16),
+                 edges=tuple(range(0, 129, 16)), windows=8),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
                   "trained on texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
                   "--batch=32 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=16", 120, 8, "planted:gap=64",
@@ -124,14 +124,14 @@ TRIALS = dict(
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 64 questions for each needle",
-                   "--batch=4 --lr=4e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 4000, 1,
+                   "--batch=4 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 2000, 1,
                    "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
                    rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
                          "gca:chunk=4:bypass=no:bank=256/retrieval=recent,window:window=16,full:window=-2"),
     hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
                "value; behind a colon the share of questions for which the place of the value was found",
-               "--batch=16 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=256", 3000, 1,
+               "--batch=16 --lr=4e-3 --layers=3 --heads=2 --width=32 --seg=256", 2000, 1,
                "needle:pairs=2:asks=10:hops=2:notice=8", test="needle:pairs=2:asks=24:hops=2:notice=8", windows=4,
                lengths=(1, 4, 16, 64), rooms="gca:chunk=4:bypass=no:bank=64,gca:chunk=4:bypass=no:bank=64:groups=2"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
@@ -609,9 +609,9 @@ def cost(room, b):
         peaks.append(live.peak)
         readers[-1] = copied(reader)
     read, decode = ([lambda r=r, n=n: [r(x) for x in book[:, :c.seg].split(n, 1)] for r in readers] for n in (c.seg, 1))
-    times = seconds(device, *read, *decode, rounds=5).reshape(2, len(depths), -1)
+    times = seconds(device, *read, *decode, rounds=4).reshape(2, len(depths), -1)
     room.train()
-    more = dict(scan=scan_over_loop()) if type(room).__name__ == "BMojo" else {}
+    more = dict(scan=scan_over_loop()) if getattr(c, "mix", "") == "bmojo" and c.M else {}
     return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
                 state_bytes=stream.nbytes(room.init_state(1)),
                 reading=[dict(read=d, read_ms=1000 * t / c.seg, decode_ms=1000 * t1 / c.seg, held=h, peak=p)
