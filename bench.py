@@ -762,8 +762,8 @@ def details(found):
         part(lambda r: f"Accuracy on {task}, {t.about} (chance {1 / data.VALUES:.0%}; the number of questions in the "
                        "last line):", task, lambda r: list(map(column, r)), lambda r: list(map(percent, r)),
              lambda r: [f"{s['questions']:,.0f}" for s in r])
-    part(lambda r: "After so many tokens were read: ms a token to read on in whole segments, ms a token to write, bytes "
-                   "held, peak bytes of reading on:", "cost",
+    part(lambda r: "After so many tokens were read: ms a token to read on in whole segments, ms a token to write, "
+                   "bytes held, peak bytes of reading on:", "cost",
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
                     for x in r["reading"]])
