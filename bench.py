@@ -177,7 +177,7 @@ def trained(argv, out):
         with contextlib.suppress(UserError):
             saved = stream.load(last, "checkpoint")
             was = {**asdict(train.Run()), **saved["run"], **saved["config"]}   # a flag it did not know had this value
-            same = all(was.get(k) == v for k, v in {**typed, **fields}.items())
+            same = all(was.get(k) == v for k, v in {**typed, **fields}.items() if k != "out")   # it may have been moved
             if same and saved["step"] == typed["steps"]:
                 return saved
             if same:
