@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, MLP, angles, attend, norm, rotate
+from .gpt import GPT, MLP, angles, attend, norm, rotate, take
 
 TAPS = 4   # tokens that the short convolution sees, and that the innovation compares: one and the three before it
 
@@ -51,26 +51,28 @@ def step(x, a, b, c, h):
     return torch.einsum("bhdn,bn->bhd", h, c[:, 0])[:, None], h
 
 
-def decays(a):
-    """What is left at i of what came at j: exp of the sum of a over j < r <= i, a (..., n) -> (..., n, n)."""
-    a = a.cumsum(-1)
-    later = torch.ones(a.size(-1), a.size(-1), dtype=torch.bool, device=a.device).triu(1)
-    return (a[..., :, None] - a[..., None, :]).masked_fill(later, -math.inf).exp()
+def decays(A):
+    """exp of A_i - A_j for j <= i, else 0: what is left at i of what came at j. A (..., n) -> (..., n, n)."""
+    later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
+    return (A[..., :, None] - A[..., None, :] + later).exp()
 
 
 def scan(x, a, b, c, h, Q=64):
     """`step` for T tokens at once, in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside
     each of K chunks of Q tokens, and all their states from what each of them adds."""
     T, Q = x.size(1), min(Q, x.size(1))
-    x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)).unflatten(1, (-1, Q)) for v in (x, a, b, c))
-    a = a.permute(0, 3, 1, 2)                                                   # (B, H, K, Q)
-    left = decays(a)                                                            # (B, H, K, Q, Q)
-    y = torch.einsum("bkin,bkjn,bhkij,bkjhd->bkihd", c, b, left, x)             # of the same chunk
-    new = torch.einsum("bhkj,bkjhd,bkjn->bhkdn", left[..., -1, :], x, b)        # what a chunk adds to the state
+    if T % Q:
+        x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)) for v in (x, a, b, c))
+    x, a, b, c = (v.unflatten(1, (-1, Q)) for v in (x, a, b, c))
+    x, b, c = x.permute(0, 3, 1, 2, 4), b[:, None], c[:, None]                  # (B, H, K, Q, D), (B, 1, K, Q, N)
+    A = a.permute(0, 3, 1, 2).cumsum(-1)                                        # (B, H, K, Q)
+    end = A[..., -1:]
+    new = ((end - A).exp()[..., None] * x).mT @ b                               # (B, H, K, D, N) that a chunk adds
     h = torch.cat([h[:, :, None], new], 2)                                      # (B, H, 1+K, D, N)
-    h = torch.einsum("bhij,bhjdn->bhidn", decays(F.pad(a.sum(-1), (1, 0))), h)  # before each chunk, and at the end
-    y = y + torch.einsum("bhki,bkin,bhkdn->bkihd", a.cumsum(-1).exp(), c, h[:, :, :-1])
-    return y.flatten(1, 2)[:, :T], h[:, :, -1]
+    left = decays(F.pad(end[..., 0], (1, 0)).cumsum(-1))                        # (B, H, 1+K, 1+K)
+    h = torch.einsum("bhij,bhjdn->bhidn", left, h)                              # before each chunk, and at the end
+    y = (c @ b.mT * decays(A)) @ x + A.exp()[..., None] * (c @ h[:, :, :-1].mT) # from the chunk, and from the state
+    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], h[:, :, -1]
 
 
 class SSM(nn.Module):
@@ -87,10 +89,10 @@ class SSM(nn.Module):
 
     def forward(self, u, h):
         C, H, N = self.c.width, self.c.heads, self.c.N
-        z, x, b, c, dt = self.inp(u).split([C, C, N, N, H], -1)
+        z, x, bc, dt = self.inp(u).split([C, C, 2 * N, H], -1)
         with torch.autocast(u.device.type, enabled=False):                       # decays want all their digits
-            x, b, c, dt = (v.type_as(self.A) for v in (x, b, c, dt))
-            x, b, c = x.unflatten(2, (H, -1)), norm(b), norm(c)                   # value, key and query, as it were
+            x, bc, dt = (v.type_as(self.A) for v in (x, bc, dt))
+            x, (b, c) = x.unflatten(2, (H, -1)), norm(bc.unflatten(2, (2, N))).unbind(2)     # value, key and query
             dt = F.softplus(dt + self.dt)                                        # (B, T, H)
             y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
             y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
@@ -104,11 +106,17 @@ class Here:
     """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
 
     def __init__(self, c, tokens, n, P):
-        self.n, self.first, self.end = n, P - P % c.w, P + tokens.size(1)        # the first chunk begins at first
+        self.c, self.n, self.end, w = c, n, P + tokens.size(1), c.w
         self.at = torch.arange(P, self.end, device=n.device)                     # (T,)
-        self.start = torch.arange(self.first, self.end, c.w, device=n.device)    # (G,) of each chunk
+        self.start = torch.arange(P - P % w, self.end, w, device=n.device)       # (G,) of each chunk
         self.G = len(self.start)
         self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
+        self.turn = self.angles(self.j[:, 0])
+        place = torch.arange(-2 * w, min(w, self.end - P + P % w), device=n.device)
+        age = self.j - place                                                     # (t, 3w), of what stands at a place
+        fades = (age >= w) & (age < 2 * w) if c.fading < 0 else (place >= -c.fading).expand_as(age)
+        self.raw = self.seen(place[2 * w - c.past:], ((age >= 0) & (age < w))[:, 2 * w - c.past:])
+        self.faded = self.seen(place[:2 * w], fades[:, :2 * w])
         self.bonus = 0                                                           # (B, T), only for ablations
         if c.select == "random":
             self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
@@ -116,17 +124,16 @@ class Here:
             lo, hi = map(int, c.select.split("-"))
             self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))
 
-    def see(self, p, lo, hi):
-        """Which tokens see places p (m,) of their chunk: at age lo to hi, if the text had begun there. (B, G, t, m)"""
-        begun = self.start[:, None] + p >= -self.n[:, None, None]                # (B, G, m)
-        return (self.j - p >= lo) & (self.j - p < hi) & begun[:, :, None]
+    def angles(self, place):
+        """What turns rows (B, m, H, D) that stand at places (m,) of their chunk."""
+        return [x[:, None] for x in angles(place * self.c.rope, self.c.head_dim)]
 
-    def blocks(self, x, size):
-        """x (B, ., H, D) in blocks: chunk g sees block g, and g + 1 if there is one more. Pieces (B, G, size, H, D)."""
-        if self.G == 1:
-            return [x[:, None]]
-        x = x.unflatten(1, (-1, size))
-        return [x[:, i:i + self.G] for i in range(x.size(1) - self.G + 1)]
+    def seen(self, place, mask):
+        """Of what stands at places (m,) of each chunk: where that is in the segment (B, G, m), the places, and which
+        tokens see it (B, G, t, m): those of the mask (t, m), unless the text begins later."""
+        at = self.start[:, None] + place
+        begun = at >= -self.n[:, None, None]
+        return at.expand_as(begun), place, mask & begun[:, :, None]
 
 
 class Attention(gpt.Attention):
@@ -147,10 +154,11 @@ class Attention(gpt.Attention):
             past.update(eps=zeros(M + w) - 1, at=zeros(M + w).long(), y=zeros(TAPS - 1, C))
         return past
 
-    def turn(self, k, p):
-        """Queries or keys (B, ., C) at places p: QK-norm and RoPE, (B, ., H, D)."""
-        turn = angles(p * self.c.rope, self.c.head_dim)
-        return rotate(norm(k.unflatten(-1, (self.heads, -1))), [x[:, None] for x in turn])
+    def rows(self, past, kv):
+        """The rows (B, ., 2C) of the past, and behind them these: keys with QK-norm, which turn later, and values."""
+        k, v = kv.chunk(2, -1)
+        k = norm(k.unflatten(-1, (self.heads, -1))).flatten(2)
+        return torch.cat([past.type_as(kv), torch.cat([k, v], -1)], 1)
 
     def surprise(self, y, past, here):
         """The innovation of each token: how far y_t is from the mean of the outputs before it."""
@@ -167,51 +175,40 @@ class Attention(gpt.Attention):
 
     def forward(self, u, y, past, here):
         """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
-        c, M, w, G, first, (B, T, C) = self.c, self.M, self.c.w, here.G, here.first, u.shape
+        c, M, w, G, (B, T, C) = self.c, self.M, self.c.w, here.G, u.shape
         q, kv = self.qkv(u).split([C, 2 * C], -1)
-        kv = torch.cat([past["kv"].type_as(kv), kv], 1)                                  # (B, M+w+P+T, 2C)
-        now = dict(kv=kv)
-
-        p = torch.arange(-c.past, here.end - first, device=u.device)                     # places, from the first chunk
-        seen = [(kv[:, M + first:], p, w, here.see(p[:c.past + w], 0, w))]
-
+        rows = self.rows(past["kv"], kv)                                                 # (B, M+w+P+T, 2C)
+        now, (at, place, mask) = dict(kv=rows), here.raw
+        seen = [(at + M + c.past, place, mask)]                                          # rows, places, who sees them
         if self.fading:
-            faded = F.linear(y, self.qkv.weight[C:])
-            faded = now["faded"] = torch.cat([past["faded"].type_as(kv), faded], 1)      # (B, 2w+P+T, 2C)
-            p = torch.arange(-2 * w, (G - 1) * w, device=u.device)
-            mask = here.see(p[:2 * w], w, 2 * w) if self.fading < 0 else \
-                here.see(p[:2 * w], 0, 3 * w) & (p[:2 * w] >= -self.fading)
-            seen += [(faded[:, first:first + len(p)], p, w, mask)]
-
+            now["faded"] = self.rows(past["faded"], F.linear(y, self.qkv.weight[C:]))    # (B, 2w+P+T, 2C)
+            at, place, mask = here.faded
+            seen += [(at + 2 * w + rows.size(1), place, mask)]
+            rows = torch.cat([rows, now["faded"]], 1)
         if M:
-            now.update(self.surprise(y, past, here))
+            now.update(self.surprise(y.detach(), past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
-            rows = kv.gather(1, i.flatten(1)[..., None].expand(-1, -1, 2 * C))           # (B, GM, 2C)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            far = here.j + age[:, :, None] >= w                                          # (B, G, t, M)
-            seen += [(rows, (here.start - first - w).repeat_interleave(M), M, far & (eps >= 0)[:, :, None])]
-
-        keys, values = [], []
-        for rows, p, size, _ in seen:
-            k, v = rows.chunk(2, -1)
-            keys += here.blocks(self.turn(k, p), size)
-            values += here.blocks(v.unflatten(-1, (self.heads, -1)), size)
-        q = self.turn(q, here.at - first).unflatten(1, (G, -1))                          # (B, G, t, H, D)
-        q, k, v = (x.flatten(0, 1).transpose(1, 2).type_as(kv) for x in (q, torch.cat(keys, 2), torch.cat(values, 2)))
-        mask = torch.cat([m for *_, m in seen], -1).flatten(0, 1)[:, None]               # (BG, 1, t, m)
-        return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)), now
+            far = (here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]               # (B, G, t, M)
+            seen += [(i, place.new_full((M,), -w), far)]
+        i, place, mask = (torch.cat(x, -1) for x in zip(*seen))                          # m keys for each of G chunks
+        k, v = take(rows, i).unflatten(-1, (2, c.heads, -1)).flatten(0, 1).unbind(2)     # (BG, m, H, D)
+        k = rotate(k, here.angles(place)).type_as(v)
+        q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn).type_as(v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now
 
     def close(self, past):
         """The segment is over: of all rows the M eidetic and the last w stay."""
-        kv, w = past["kv"], self.c.past
-        i = torch.arange(kv.size(1) - w, kv.size(1), device=kv.device).expand(len(kv), -1)
-        if self.M:
-            eps, best = self.best(past["eps"], i.new_tensor([kv.size(1)]))
-            i = torch.cat([best[:, 0], i], 1)
-            past = dict(past, eps=F.pad(eps[:, 0], (0, w), value=-1), at=past["at"].gather(1, i))
+        kv, n, w, past = past["kv"], past["kv"].size(1), self.c.past, dict(past)
+        past["kv"] = kv[:, n - w:]
         if self.fading:
-            past = dict(past, faded=past["faded"][:, -2 * w:])
-        return dict(past, kv=kv.gather(1, i[..., None].expand(-1, -1, kv.size(2))))
+            past["faded"] = past["faded"][:, -2 * w:]
+        if self.M:
+            eps, i = (x[:, 0] for x in self.best(past["eps"], torch.full((1,), n, device=kv.device)))
+            past.update(kv=torch.cat([take(kv, i), past["kv"]], 1), eps=F.pad(eps, (0, w), value=-1),
+                        at=torch.cat([past["at"].gather(1, i), past["at"][:, n - w:]], 1))
+        return past
 
 
 class Layer(nn.Module):
@@ -236,9 +233,10 @@ class Layer(nn.Module):
     def forward(self, x, past, here):
         u, y, now = norm(x), None, {}
         if self.c.conv:
-            T, u = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                    # (B, 3+T, C)
-            now["u"] = u[:, T:]
-            u = u[:, TAPS - 1:] + sum(tap * u[:, i:i + T] for i, tap in enumerate(self.taps))
+            T, line = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                 # (B, 3+T, C)
+            now["u"] = line[:, T:]
+            for i, tap in enumerate(self.taps):
+                u = torch.addcmul(u, tap, line[:, i:i + T])
         if self.ssm:
             y, now["h"] = self.ssm(u, past["h"])
         if self.attention:

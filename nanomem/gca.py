@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, angles, norm, rotate
+from .gpt import GPT, Block, angles, norm, rotate, take
 
 
 @dataclass
@@ -194,7 +194,7 @@ class GCA(GPT):
     def find(self, ask, first, g, cache):
         """For chunks first, first+1, ... of this segment, what their predecessors asked for, ask (B, n, C): keys and
         values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
-        c, (B, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
+        c, (_, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
         t = (cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device))[..., None]   # who asks
         last = cache["n"][:, None] + c.seg // c.m - 1                          # the last chunk of this segment
         e = last - (last - torch.arange(c.M, device=ask.device)) % c.M         # (B, M) whose place it is by then
@@ -209,8 +209,7 @@ class GCA(GPT):
         picks = e.expand(-1, n, -1).gather(2, top)
         real = picks < t
         w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
-        place = (top + c.M * torch.arange(B, device=top.device)[:, None, None]).to(bank.device)
-        kv = F.embedding(place, bank.flatten(0, 1).flatten(1)).to(ask.device)
+        kv = take(bank.flatten(2), top.to(bank.device)).to(ask.device)
         return kv.unflatten(3, bank.shape[2:]), w, picks.where(real, -1)
 
     def write(self, cache, state):

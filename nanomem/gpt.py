@@ -46,7 +46,13 @@ def angles(pos, D):
 def rotate(x, turn):
     """Turn the pairs (i, i + D/2) of x (..., T, D) by the angles of their positions; turns add up."""
     cos, sin = turn
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
+
+
+def take(x, i):
+    """Rows i (B, ...) of x (B, n, C): (B, ..., C). An embedding, for its gradient is far faster than that of gather."""
+    first = x.size(1) * torch.arange(len(x), device=i.device)
+    return F.embedding(i + first.view(-1, *[1] * (i.ndim - 1)), x.flatten(0, 1))
 
 
 def attend(q, k, v, mask=None):
@@ -96,7 +102,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(wide, c.width, bias=False)
 
     def forward(self, x):
-        return self.out(F.relu(self.up(x)).square())
+        return self.out(F.relu(self.up(x), inplace=True).square())
 
 
 class Block(nn.Module):

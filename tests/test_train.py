@@ -184,7 +184,8 @@ def test_two_processes_see_the_gradients_of_one(tmp_path):
                           text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
-    assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(gradients(tmp_path / "one"), gradients(tmp_path / "two")))
+    pairs = zip(gradients(tmp_path / "one"), gradients(tmp_path / "two"))
+    assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in pairs)
     assert all(torch.allclose(one["state"][k], two["state"][k], atol=1e-5) for k in one["state"])
     assert one["loader"] == two["loader"]
 
