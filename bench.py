@@ -30,6 +30,7 @@ import platform
 import signal
 import sys
 import time
+import traceback
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -124,7 +125,7 @@ TRIALS = dict(
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 64 questions for each needle",
-                   "--batch=4 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=1024", 2000, 1,
+                   "--batch=4 --lr=4e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 4000, 1,
                    "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
                    rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
@@ -927,11 +928,14 @@ def work(b, jobs, seed):
 
 
 def or_error(function, *args):
-    """What the function returns, or the UserError that it raises: one job that fails must not cost the others."""
+    """What the function returns, or a UserError in its place: one job that fails, because memory ran out or because of
+    a bug in a room, must not cost the others."""
     try:
         return function(*args)
     except UserError as error:
         return error
+    except Exception as error:
+        return UserError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 def threads_of(device):
@@ -989,6 +993,13 @@ def room_of(b, spec):
     return nanomem.build(parts_of(spec)[0], **{**shape, **fields_of(spec), **fields_of(spec, tested=True)})
 
 
+def expense(b, device, task, spec):
+    """[What `cost` or `replay` measures of an untrained room]."""
+    torch.manual_seed(b.seed)
+    room = room_of(b, spec).to(device)
+    return [cost(room, b) if task == "cost" else replay(room)]
+
+
 def main(argv):
     (typed,), words = cli.parse(argv, Bench)
     if words:
@@ -1022,21 +1033,20 @@ def main(argv):
                  settings=asdict(b), rooms={spec: {} for _, spec in jobs})
     runs, failed = {job: [] for job in jobs}, []
     with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
-        for (_, served, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
+        def done(jobs, results):
+            name = "{} of {}".format(*jobs[-1])
             if isinstance(results, UserError):
-                failed.append("{} of {}: {}".format(*served[-1], results))
-                bar.write(f"warning: {failed[-1]}", sys.stderr)
+                failed.append(f"{name}: {str(results).splitlines()[0]}")
+                bar.write(f"warning: {name}: {results}", sys.stderr)
                 results = []
-            for job, result in zip(served, results):
+            for job, result in zip(jobs, results):
                 runs[job].append(result)
-            bar.set_description("{} of {}".format(*served[-1]))
+            bar.set_description(name)
             bar.update()
-        for task, spec in costs:                           # alone on the machine
-            torch.manual_seed(b.seed)
-            room = room_of(b, spec).to(device)
-            runs[task, spec].append(cost(room, b) if task == "cost" else replay(room))
-            bar.set_description(f"{task} of {spec}")
-            bar.update()
+        for (_, served, _), results in side_by_side(work, trainings, b.jobs or threads_of(device)):
+            done(served, results)
+        for job in costs:                                  # alone on the machine
+            done([job], or_error(expense, b, device, *job))
     if failed and not any(runs.values()):
         raise UserError(failed[0])
     for (task, spec), results in runs.items():
