@@ -52,7 +52,7 @@ from nanomem.cli import UserError
 
 @dataclass
 class Bench:
-    rooms: str = ""              # which rooms, ROOM:field=value/tested:field=value (without it those of the task)
+    rooms: str = ""              # which rooms, ROOM:field=value/tested:field=value, or all (without it the task's own)
     tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     suite: str = ""              # night: other defaults for what follows
@@ -142,8 +142,8 @@ TRIALS = dict(
                  rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
 )
 TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
-SUITES = dict(night=dict(tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, seeds=2,
-                         equal=True, search="0.25,0.5,1", read=2 ** 20))
+SUITES = dict(night=dict(rooms="all", tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16,
+                         steps=5000, seeds=2, equal=True, search="0.25,0.5,1", read=2 ** 20))
 QUICK = ("depth", "recall", "cost")   # without --tasks
 VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
 KEEPS = dict(   # of what lies before the segment: what a room still has exactly, and what fades
@@ -976,9 +976,11 @@ def merged(runs):
 
 def rooms_of(b, task):
     """The rooms of a task, all unless it has its own, after making sure that each can be built."""
-    own = TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay")
-    text = b.rooms or own or ",".join(nanomem.ROOMS)
-    specs = [w.strip() for w in text.split(",") if w.strip()]
+    names = lambda text: [w.strip() for w in text.split(",") if w.strip()]
+    own = names(TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay"))
+    specs = names(b.rooms) or own or list(nanomem.ROOMS)
+    if b.rooms == "all":
+        specs = own + [name for name in nanomem.ROOMS if name not in {parts_of(spec)[0] for spec in own}]
     for spec in specs:
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:

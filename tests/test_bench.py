@@ -289,6 +289,18 @@ def test_names_with_spaces_and_none_mean_all():
     assert bench.rooms_of(bench.Bench(rooms="gpt, rmt:mem=2"), "depth") == ["gpt", "rmt:mem=2"]
 
 
+@pytest.mark.parametrize("task", bench.TASKS)
+def test_a_night_has_every_room_in_every_task_and_each_can_be_built(task):
+    b = bench.Bench(**bench.SUITES["night"])
+    specs = bench.rooms_of(b, task)
+    assert {bench.parts_of(spec)[0] for spec in specs} == set(nanomem.ROOMS)
+    if task in bench.TRIALS:
+        assert specs[:2] == bench.rooms_of(bench.Bench(), task)[:2], "those that the task was made for come first"
+        for spec in specs:
+            run, fields = train.flags([f"--room={bench.parts_of(spec)[0]}", *bench.trial_of(b, task).train.split()])
+            nanomem.build(run["room"], **{**fields, **bench.fields_of(spec), "vocab": 64})
+
+
 @pytest.mark.parametrize("rooms, why", [
     ("rmt:slots=1", "unknown flag --slots"), ("rmt:mem", "settings follow a name as :field=value, got :mem"),
     ("rmt:mem=x", "takes a whole number")])

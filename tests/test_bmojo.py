@@ -359,8 +359,8 @@ def test_a_setting_that_makes_no_sense_is_refused(fields, hint):
 def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_path):
     found = {}
     for name, more in (("mamba", []), ("bmojo", ["--eidetic=12"])):
-        train.main([f"--room={name}", f"--out={tmp_path / name}", "--data=mqar", "--segments=1", "--seg=32", "--layers=2",
-                    "--heads=2", "--width=64", "--state=4", "--lr=5e-3", "--batch=64", "--steps=150", *more])
+        train.main([f"--room={name}", f"--out={tmp_path / name}", "--data=mqar", "--segments=1", "--steps=150",
+                    "--batch=64", "--lr=5e-3", "--layers=2", "--heads=2", "--width=64", "--seg=32", "--state=4", *more])
         room, _ = nanomem.load(tmp_path / name)
         right, total = 0, 0
         for batch, _, hit in stream.evaluate(room, data.Synthetic("mqar", 64, 32, seed=7), 8):
