@@ -253,8 +253,8 @@ class BMojo(GPT):
 
     state    n (B,) tokens read   and of each layer l, as far as it has them:
              l.u (B, 3, C) reach of the convolution   l.h (B, H, D, N) state space   l.y (B, 3, C) its last outputs
-             l.kv (B, M+w, 2C) keys and values, unturned: M eidetic tokens, the last w   l.faded (B, 2w, 2C) of outputs
-             l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place in the text
+             l.kv (B, M+w, 2C) keys, normed and not turned, and values: of M eidetic tokens and of the last w
+             l.faded (B, 2w, 2C) the same of outputs   l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place
     read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
     write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
     paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060
