@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanomem.gpt import GPT, angles, norm, rotate
+from nanomem.gpt import GPT, angles, norm, rotate, take
 
 from conftest import TINY, tiny
 from test_room import S, close, text, walk, watch
@@ -107,3 +107,11 @@ def test_the_bricks_are_what_the_library_and_the_complex_numbers_say(dtype):
     z = torch.complex(*x.float().chunk(2, -1)) * turn
     assert torch.allclose(rotate(x, angles(torch.arange(3, 8), D)).float(), torch.cat([z.real, z.imag], -1),
                           rtol=near, atol=near)
+
+
+def test_taking_rows_is_indexing_with_its_gradient():
+    x, i = torch.randn(2, 7, 5, dtype=torch.double, requires_grad=True), torch.randint(7, (2, 3, 4))
+    rows = [take(x, i), torch.stack([x[b][i[b]] for b in range(2)])]
+    assert torch.equal(*rows)
+    weights = torch.randn_like(rows[0])
+    assert torch.allclose(*(torch.autograd.grad((r * weights).sum(), x)[0] for r in rows))
