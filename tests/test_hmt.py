@@ -279,7 +279,7 @@ def test_pure_noise_cannot_be_predicted_but_by_looking(query):
     room = nanomem.build("hmt", vocab=4, layers=1, heads=2, width=32, seg=4, mem=1, sensory=0, bank=6, query=query)
     state = full(room, B=128)
     state["bank"] = state["bank"][:1].expand(128, -1, -1, -1)
-    optimizer, losses = torch.optim.AdamW(room.parameters(), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(room.parameters(), lr=3e-3), []
     for _ in range(100):
         x = torch.randint(4, (128, 5))
         state["ids"] = torch.randint(4, state["ids"].shape)
