@@ -958,7 +958,7 @@ def side_by_side(function, calls, n):
     pool = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), alone)
     try:
         futures = [(call, pool.submit(or_error, function, *call)) for call in calls]
-        yield from ((call, future.result()) for call, future in futures)
+        yield from ((call, or_error(future.result)) for call, future in futures)   # its process may be gone
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -978,9 +978,8 @@ def rooms_of(b, task):
     """The rooms of a task, all unless it has its own, after making sure that each can be built."""
     names = lambda text: [w.strip() for w in text.split(",") if w.strip()]
     own = names(TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay"))
-    specs = names(b.rooms) or own or list(nanomem.ROOMS)
-    if b.rooms == "all":
-        specs = own + [name for name in nanomem.ROOMS if name not in {parts_of(spec)[0] for spec in own}]
+    every = own + [name for name in nanomem.ROOMS if name not in {parts_of(spec)[0] for spec in own}]
+    specs = [spec for word in names(b.rooms) for spec in (every if word == "all" else [word])] or own or every
     for spec in specs:
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:

@@ -113,7 +113,7 @@ class Here:
         self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
         self.turn = self.angles(self.j[:, 0])
         place = torch.arange(-2 * w, min(w, self.end - P + P % w), device=n.device)
-        age = self.j - place                                                     # (t, 3w), of what stands at a place
+        age = self.j - place                                                     # (t, up to 3w), of what stands there
         fades = (age >= w) & (age < 2 * w) if c.fading < 0 else (place >= -c.fading).expand_as(age)
         self.raw = self.seen(place[2 * w - c.past:], ((age >= 0) & (age < w))[:, 2 * w - c.past:])
         self.faded = self.seen(place[:2 * w], fades[:, :2 * w])

@@ -1,5 +1,6 @@
 """bench.py on tiny settings: every task runs, what was trained is used again, and its instruments measure right."""
 import json
+import os
 import signal
 
 import numpy as np
@@ -284,9 +285,15 @@ def test_a_job_that_fails_does_not_cost_the_others(error, said, tmp_path, monkey
         bench.main([*argv, "--tasks=recall", "--rooms=rmt"])
 
 
+def test_a_process_that_is_killed_is_named_too():
+    results = [result for _, result in bench.side_by_side(os._exit, [(1,), (1,)], 2)]
+    assert all(isinstance(r, UserError) and str(r).startswith("BrokenProcessPool: ") for r in results)
+
+
 def test_names_with_spaces_and_none_mean_all():
     assert bench.rooms_of(bench.Bench(), "depth") == list(nanomem.ROOMS)
     assert bench.rooms_of(bench.Bench(rooms="gpt, rmt:mem=2"), "depth") == ["gpt", "rmt:mem=2"]
+    assert bench.rooms_of(bench.Bench(rooms="all, rmt:mem=2"), "depth") == [*nanomem.ROOMS, "rmt:mem=2"]
 
 
 @pytest.mark.parametrize("task", bench.TASKS)
