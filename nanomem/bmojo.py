@@ -37,6 +37,8 @@ class Config(gpt.Config):
         super().__post_init__()
         assert {*self.mix.split(",")} <= {"bmojo", "ssm", "window"}, f"mix is of bmojo, ssm and window, got {self.mix}"
         assert self.window >= -1 and self.seg % self.w == 0, f"window={self.window} does not cut {self.seg} tokens"
+        assert self.window or self.fading == 0 or "bmojo" not in self.mix, \
+            "fading outputs lie before a window: window=0 goes with fading=0, or with a mix without bmojo"
         assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
         assert self.eidetic >= -1 and self.state >= -1, f"eidetic={self.eidetic} and state={self.state} count"
         assert re.fullmatch(r"innovation|random|\d+-\d+", self.select), f"select={self.select} is no way to choose"
@@ -106,17 +108,19 @@ class Here:
     """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
 
     def __init__(self, c, tokens, n, P):
-        self.c, self.n, self.end, w = c, n, P + tokens.size(1), c.w
+        self.c, self.n, self.P, self.end, w = c, n, P, P + tokens.size(1), c.w
         self.at = torch.arange(P, self.end, device=n.device)                     # (T,)
         self.start = torch.arange(P - P % w, self.end, w, device=n.device)       # (G,) of each chunk
         self.G = len(self.start)
         self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
-        self.turn = self.angles(self.j[:, 0])
         place = torch.arange(-2 * w, min(w, self.end - P + P % w), device=n.device)
         age = self.j - place                                                     # (t, up to 3w), of what stands there
         fades = (age >= w) & (age < 2 * w) if c.fading < 0 else (place >= -c.fading).expand_as(age)
-        self.raw = self.seen(place[2 * w - c.past:], ((age >= 0) & (age < w))[:, 2 * w - c.past:])
-        self.faded = self.seen(place[:2 * w], fades[:, :2 * w])
+        raw, faded = place[2 * w - c.past:], place[:2 * w if c.fading else 0]
+        self.raw = self.seen(raw, ((age >= 0) & (age < w))[:, 2 * w - c.past:])
+        self.faded = self.seen(faded, fades[:, :len(faded)])
+        self.turn = self.angles(self.j[:, 0])                                    # of queries, and of raw, faded and
+        self.turns = self.angles(torch.cat([raw, faded, raw.new_full((c.M,), -w)]))                 # eidetic keys
         self.bonus = 0                                                           # (B, T), only for ablations
         if c.select == "random":
             self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
@@ -126,14 +130,14 @@ class Here:
 
     def angles(self, place):
         """What turns rows (B, m, H, D) that stand at places (m,) of their chunk."""
-        return [x[:, None] for x in angles(place * self.c.rope, self.c.head_dim)]
+        return [x[:, None].repeat(1, self.c.heads, 1) for x in angles(place * self.c.rope, self.c.head_dim)]
 
     def seen(self, place, mask):
-        """Of what stands at places (m,) of each chunk: where that is in the segment (B, G, m), the places, and which
-        tokens see it (B, G, t, m): those of the mask (t, m), unless the text begins later."""
+        """Of what stands at places (m,) of each chunk: where that is in the segment (B, G, m), and which tokens see it
+        (B, G, t, m): those of the mask (t, m), unless the text begins later."""
         at = self.start[:, None] + place
         begun = at >= -self.n[:, None, None]
-        return at.expand_as(begun), place, mask & begun[:, :, None]
+        return at.expand_as(begun), mask & begun[:, :, None]
 
 
 class Attention(gpt.Attention):
@@ -147,26 +151,19 @@ class Attention(gpt.Attention):
 
     def start(self, zeros):
         C, M, w = self.c.width, self.M, self.c.past
-        past = dict(kv=zeros(M + w, 2 * C))
-        if self.fading:
-            past.update(faded=zeros(2 * w, 2 * C))
+        rows = M + 3 * w if self.fading else M + w
+        past = dict(k=zeros(rows, C), v=zeros(rows, C))
         if M:
             past.update(eps=zeros(M + w) - 1, at=zeros(M + w).long(), y=zeros(TAPS - 1, C))
         return past
 
-    def rows(self, past, kv):
-        """The rows (B, ., 2C) of the past, and behind them these: keys with QK-norm, which turn later, and values."""
-        k, v = kv.chunk(2, -1)
-        k = norm(k.unflatten(-1, (self.heads, -1))).flatten(2)
-        return torch.cat([past.type_as(kv), torch.cat([k, v], -1)], 1)
-
     def surprise(self, y, past, here):
         """The innovation of each token: how far y_t is from the mean of the outputs before it."""
-        y = torch.cat([past["y"], y.type_as(past["y"])], 1)                              # (B, 3+T, C)
-        guess = y.unfold(1, TAPS - 1, 1)[:, :-1].mean(-1)
+        y, T = torch.cat([past["y"], y.type_as(past["y"])], 1), y.size(1)                # (B, 3+T, C)
+        guess = sum(y[:, i:i + T] for i in range(TAPS - 1)) / (TAPS - 1)
         eps = (y[:, TAPS - 1:] - guess).norm(dim=-1) + here.bonus                        # (B, T)
         return dict(eps=torch.cat([past["eps"], eps], 1), at=torch.cat([past["at"], here.n[:, None] + here.at], 1),
-                    y=y[:, 1 - TAPS:])
+                    y=y[:, T:])
 
     def best(self, eps, before):
         """The M largest of the first before (G,) of eps (B, .), -1 where there are fewer, and their indices."""
@@ -177,38 +174,38 @@ class Attention(gpt.Attention):
         """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
         c, M, w, G, (B, T, C) = self.c, self.M, self.c.w, here.G, u.shape
         q, kv = self.qkv(u).split([C, 2 * C], -1)
-        rows = self.rows(past["kv"], kv)                                                 # (B, M+w+P+T, 2C)
-        now, (at, place, mask) = dict(kv=rows), here.raw
-        seen = [(at + M + c.past, place, mask)]                                          # rows, places, who sees them
+        faded = F.linear(y, self.qkv.weight[C:]) if self.fading else kv[:, :0]
+        n, now = M + c.past + here.P, {}                                                 # rows of tokens so far
+        for name, new, out in zip("kv", kv.split(C, -1), faded.split(C, -1)):
+            old = past[name].type_as(new)
+            now[name] = torch.cat([old[:, :n], new, old[:, n:], out], 1)                 # (B, M+w+P+T [+2w+P+T], C)
+        seen = [(here.raw[0] + M + c.past, here.raw[1])]                                 # rows, and who sees them
         if self.fading:
-            now["faded"] = self.rows(past["faded"], F.linear(y, self.qkv.weight[C:]))    # (B, 2w+P+T, 2C)
-            at, place, mask = here.faded
-            seen += [(at + 2 * w + rows.size(1), place, mask)]
-            rows = torch.cat([rows, now["faded"]], 1)
+            seen += [(here.faded[0] + n + T + 2 * w, here.faded[1])]
         if M:
             now.update(self.surprise(y.detach(), past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            far = (here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]               # (B, G, t, M)
-            seen += [(i, place.new_full((M,), -w), far)]
-        i, place, mask = (torch.cat(x, -1) for x in zip(*seen))                          # m keys for each of G chunks
-        k, v = take(rows, i).unflatten(-1, (2, c.heads, -1)).flatten(0, 1).unbind(2)     # (BG, m, H, D)
-        k = rotate(k, here.angles(place)).type_as(v)
-        q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn).type_as(v)
+            seen += [(i, (here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None])]      # far enough: (B, G, t, M)
+        i, mask = (torch.cat(x, -1) for x in zip(*seen))                                 # m keys for each of G chunks
+        k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
+        k, v = (take(x, i).unflatten(-1, (c.heads, -1)).flatten(0, 1) for x in (k, now["v"]))    # (BG, m, H, D)
+        k = rotate(k, [x[:k.size(1)] for x in here.turns])
+        q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now
 
     def close(self, past):
-        """The segment is over: of all rows the M eidetic and the last w stay."""
-        kv, n, w, past = past["kv"], past["kv"].size(1), self.c.past, dict(past)
-        past["kv"] = kv[:, n - w:]
-        if self.fading:
-            past["faded"] = past["faded"][:, -2 * w:]
+        """The segment is over: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""
+        w, n, past = self.c.past, self.M + self.c.past + self.c.seg, dict(past)
+        rows = torch.arange(past["k"].size(1), device=past["k"].device)
+        i = torch.cat([rows[n - w:n], rows[n:][-2 * w:]]).expand(len(past["k"]), -1)
         if self.M:
-            eps, i = (x[:, 0] for x in self.best(past["eps"], torch.full((1,), n, device=kv.device)))
-            past.update(kv=torch.cat([take(kv, i), past["kv"]], 1), eps=F.pad(eps, (0, w), value=-1),
-                        at=torch.cat([past["at"].gather(1, i), past["at"][:, n - w:]], 1))
-        return past
+            eps, best = (x[:, 0] for x in self.best(past["eps"], rows.new_full((1,), n)))
+            past.update(eps=F.pad(eps, (0, w), value=-1),
+                        at=torch.cat([past["at"].gather(1, best), past["at"][:, n - w:]], 1))
+            i = torch.cat([best, i], 1)
+        return dict(past, k=take(past["k"], i), v=take(past["v"], i))
 
 
 class Layer(nn.Module):
@@ -253,8 +250,8 @@ class BMojo(GPT):
 
     state    n (B,) tokens read   and of each layer l, as far as it has them:
              l.u (B, 3, C) reach of the convolution   l.h (B, H, D, N) state space   l.y (B, 3, C) its last outputs
-             l.kv (B, M+w, 2C) keys, normed and not turned, and values: of M eidetic tokens and of the last w
-             l.faded (B, 2w, 2C) the same of outputs   l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place
+             l.k, l.v (B, M+w+2w, C) keys, before norm and turn, and values: of M eidetic tokens, of the last w, and of
+             the last 2w outputs   l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place, of tokens
     read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
     write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
     paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060

@@ -292,9 +292,9 @@ def test_without_fading_tokens_the_past_is_read_through_eidetic_rows_alone():
     state = walk(room, tokens[:, :S])[1]
     chunk = lambda state: room(tokens[:, S:], state)[0][:, :8]
     for row in range(4):
-        changed = state["0.kv"].clone()
+        changed = state["0.v"].clone()
         changed[:, row] += 1
-        assert not torch.equal(chunk(dict(state, **{"0.kv": changed})), chunk(state))
+        assert not torch.equal(chunk(dict(state, **{"0.v": changed})), chunk(state))
     assert torch.equal(chunk(dict(state, **{"0.h": state["0.h"] + 1})), chunk(state))
 
 
@@ -342,14 +342,15 @@ def test_all_presets_have_the_size_of_gpt():
 
 def test_a_part_that_is_left_out_leaves_nothing_in_the_state():
     keys = {name: {k.partition(".")[2] for k in tiny(name).init_state(1)} - {""} for name in PRESETS}
-    assert keys["mamba"] == {"u", "h"} and keys["hybrid"] == {"u", "h", "kv"}
-    assert keys["bmojo_f"] == {"u", "h", "kv", "faded"} and keys["bmojo"] == keys["bmojo_f"] | {"eps", "at", "y"}
+    assert keys["mamba"] == {"u", "h"} and keys["hybrid"] == {"u", "h", "k", "v"}
+    assert keys["bmojo_f"] == keys["hybrid"] and keys["bmojo"] == keys["bmojo_f"] | {"eps", "at", "y"}
 
 
 @pytest.mark.parametrize("fields, hint", [
     (dict(mix="ssm,attn"), "got ssm,attn"), (dict(seg=30, window=8), "window=8 does not cut 30 tokens"),
     (dict(seg=32, window=8, fading=17), "two windows, 16, got 17"), (dict(eidetic=-2), "eidetic=-2"),
-    (dict(select="best"), "select=best is"), (dict(select="3-"), "select=3- is")])
+    (dict(window=0), "window=0 goes with fading=0"), (dict(select="best"), "select=best is"),
+    (dict(select="3-"), "select=3- is")])
 def test_a_setting_that_makes_no_sense_is_refused(fields, hint):
     with pytest.raises(UserError, match=hint):
         nanomem.build("bmojo", **fields)
