@@ -125,7 +125,7 @@ TRIALS = dict(
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 64 questions for each needle",
-                   "--batch=4 --lr=4e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 4000, 1,
+                   "--batch=4 --lr=2e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 3000, 1,
                    "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
                    rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
