@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -95,8 +96,11 @@ class Trial:
     span: int = 0     # segments that a text lasts in training, if that can be more than a window
     rows: int = 64
     windows: int = 32       # of `rows` texts that a test reads; of longer texts, fewer
-    lengths: tuple = (8,)   # segments of a test window; a column each, or with a single one
+    lengths: tuple = (8,)   # of a test window, in its segments; a column each, or with a single one
     edges: tuple = ()       # a column for each range of distances between these, in tokens
+    others: str = ""        # settings of the rooms that it was not made for
+
+    seg = property(lambda t: int(re.search(r"--seg=(\d+)", t.train)[1]))   # S, unless a room has one of its own
 
 
 TRIALS = dict(
@@ -113,6 +117,7 @@ TRIALS = dict(
     mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are "
                "read in one call; windows of 16 tokens, so that what is further back is beyond them",
                "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 64),
+               others=":seg=16:segments=4",
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
@@ -434,7 +439,7 @@ def trial(load, t, task, seed=0, oracle=False, read=math.inf):
     load(**fields) is the room, with these fields changed."""
     found = []
     for length in t.lengths:
-        room, T = load(), length * load().c.seg
+        room, T = load(), length * t.seg
         name = (t.test if length > t.lengths[0] or len(t.lengths) == 1 else "") or t.data or task
         if len(t.lengths) > 1:
             fields = whole(room, T)
@@ -978,13 +983,18 @@ def rooms_of(b, task):
     """The rooms of a task, all unless it has its own, after making sure that each can be built."""
     names = lambda text: [w.strip() for w in text.split(",") if w.strip()]
     own = names(TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay"))
-    every = own + [name for name in nanomem.ROOMS if name not in {parts_of(spec)[0] for spec in own}]
+    t = trial_of(b, task) if task in TRIALS else None
+    every = own + [name + (t.others if t else "") for name in nanomem.ROOMS
+                   if name not in {parts_of(spec)[0] for spec in own}]
     specs = [spec for word in names(b.rooms) for spec in (every if word == "all" else [word])] or own or every
     for spec in specs:
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
             raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
-        fields_of(spec), fields_of(spec, tested=True), searcher(spec, task)
+        S = {**fields_of(spec), **fields_of(spec, tested=True)}.get("seg", t.seg if t else 1)
+        if t and any(n * t.seg % S for n in t.lengths):
+            raise UserError(f"{spec}: texts of {t.lengths[0] * t.seg} tokens are no whole number of segments of {S}")
+        searcher(spec, task)
     return specs
 
 

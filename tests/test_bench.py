@@ -145,10 +145,19 @@ def test_other_settings_train_anew(tmp_path, shards):
     (["--rooms=gca/steps=2"], "unknown flag --steps"), (["--rooms=mplus/retrieval=best"], "oracle or random, got best"),
     (["--rooms=rmt/retrieval=random"], "unknown flag --retrieval"),
     (["--rooms=mplus/retrieval=oracle", "--tasks=passage"], "oracle knows where the answer is in retain, and not in p"),
-    (["--suite=day"], "--suite=day is none of them: choose from night")])
+    (["--suite=day"], "--suite=day is none of them: choose from night"),
+    (["--rooms=gpt:seg=48", "--tasks=mqar"], "gpt:seg=48: texts of 64 tokens are no whole number of segments of 48")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         bench.main(argv)
+
+
+def test_all_rooms_join_a_trial_in_segments_that_its_texts_are_longer_than():
+    """Texts of mqar go through its own rooms in one call; what gpt sees in one call must not be all of it."""
+    rooms = bench.rooms_of(bench.Bench(rooms="rmt:mem=1,all"), "mqar")
+    own = bench.TRIALS["mqar"].rooms.split(",")
+    assert rooms[:1 + len(own)] == ["rmt:mem=1", *own] and "gpt:seg=16:segments=4" in rooms
+    assert {spec.partition(":")[0] for spec in rooms} == set(nanomem.ROOMS)
 
 
 def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch):
