@@ -129,12 +129,13 @@ TRIALS = dict(
                  lengths=(1, 16, 64, 256, 1024, 16384),
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
-    needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 64 questions for each needle",
-                   "--batch=4 --lr=2e-3 --cooldown=0.3 --layers=2 --heads=2 --width=32 --seg=1024", 3000, 1,
-                   "needle:pairs=2:asks=64:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
+    needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 32 questions for each needle",
+                   "--batch=8 --lr=2e-3 --cooldown=0.5 --layers=2 --heads=2 --width=32 --seg=1024", 1200, 1,
+                   "needle:pairs=2:asks=32:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
-                   rooms="gca:chunk=4:bypass=no:bank=256,gca:chunk=4:bypass=no:bank=256/retrieval=random,"
-                         "gca:chunk=4:bypass=no:bank=256/retrieval=recent,window:window=16,full:window=-2"),
+                   rooms="gca:chunk=4:bypass=no:bank=256:window=-1,"
+                         "gca:chunk=4:bypass=no:bank=256:window=-1/retrieval=random,"
+                         "gca:chunk=4:bypass=no:bank=256:window=-1/retrieval=recent,window:window=16,full:window=-2"),
     hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
                "value; behind a colon the share of questions for which the place of the value was found",
                "--batch=16 --lr=4e-3 --cooldown=0.3 --layers=3 --heads=2 --width=32 --seg=256", 4000, 1,
