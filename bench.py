@@ -106,7 +106,7 @@ class Trial:
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
                  "as long as in training",
-                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 240, 4,
+                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 200, 4,
                  "recall:mixed=yes", test="recall:asks=2",   # each pair is seen three times: the distances are long
                  edges=tuple(range(0, 129, 16)), windows=8),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
@@ -130,7 +130,7 @@ TRIALS = dict(
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 32 questions for each needle",
-                   "--batch=8 --lr=2e-3 --cooldown=0.5 --layers=2 --heads=2 --width=32 --seg=1024", 1200, 1,
+                   "--batch=8 --lr=2e-3 --cooldown=0.4 --layers=2 --heads=2 --width=32 --seg=1024", 800, 1,
                    "needle:pairs=2:asks=32:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
                    rooms="gca:chunk=4:bypass=no:bank=256:window=-1,"

@@ -119,8 +119,8 @@ class Here:
         raw, faded = place[2 * w - c.past:], place[:2 * w if c.fading else 0]
         self.raw = self.seen(raw, ((age >= 0) & (age < w))[:, 2 * w - c.past:])
         self.faded = self.seen(faded, fades[:, :len(faded)])
-        self.turn = self.angles(self.j[:, 0])                                    # of queries, and of raw, faded and
-        self.turns = self.angles(torch.cat([raw, faded, raw.new_full((c.M,), -w)]))                 # eidetic keys
+        keys = torch.cat([raw, faded, raw.new_full((c.M,), -w)])                 # places of raw, faded, eidetic keys
+        self.turn, self.turns = self.angles(self.j[:, 0]), self.angles(keys)     # what turns queries and keys
         self.bonus = 0                                                           # (B, T), only for ablations
         if c.select == "random":
             self.bonus = 1e6 * (((n[:, None] + self.at) * 12.9898).sin() * 43758.5453).frac().abs()
