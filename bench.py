@@ -106,7 +106,7 @@ class Trial:
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
                  "as long as in training",
-                 "--batch=64 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 200, 4,
+                 "--batch=40 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 220, 4,
                  "recall:mixed=yes", test="recall:asks=2",   # each pair is seen three times: the distances are long
                  edges=tuple(range(0, 129, 16)), windows=8),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
@@ -406,12 +406,12 @@ def interval(ours, theirs, draws=2000):
 # Synthetic streams
 
 def trial_of(b, task):
-    """The trial of that name; with another number of pairs, the recall that has them: everything in proportion, as many
-    tokens a step, and more steps."""
+    """The trial of that name; with another number of pairs, the recall that has them: everything in proportion, but for
+    4,096 tokens a step and more steps."""
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
         S = 8 * b.pairs
-        flags = t.train.replace("seg=16", f"seg={S}").replace("batch=64", f"batch={128 // b.pairs}")
+        flags = t.train.replace("seg=16", f"seg={S}").replace("batch=40", f"batch={128 // b.pairs}")
         t = replace(t, data=f"{t.data}:pairs={b.pairs}", test=f"{t.test}:pairs={b.pairs}", train=flags,
                     steps=1200, edges=tuple(range(0, 8 * S + 1, S)), windows=max(2, 64 // b.pairs))
     return t
@@ -554,7 +554,7 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def seconds(device, *functions, rounds=7):
+def seconds(device, *functions, rounds=5):
     """Seconds of each function, (functions, rounds); timed in turn in every round, so that a slow minute hits them
     alike and ratios within a round can be trusted."""
     times = np.zeros((len(functions), rounds + 1))
