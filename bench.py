@@ -106,7 +106,7 @@ class Trial:
 TRIALS = dict(
     recall=Trial("by tokens between question and answer, in segments of 8 tokens for each pair, tested on texts twice "
                  "as long as in training",
-                 "--batch=40 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 220, 4,
+                 "--batch=48 --lr=5e-3 --cooldown=0.4 --layers=2 --heads=2 --width=64 --seg=16", 240, 4,
                  "recall:mixed=yes", test="recall:asks=2",   # each pair is seen three times: the distances are long
                  edges=tuple(range(0, 129, 16)), windows=8),
     planted=Trial("by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; "
@@ -411,7 +411,7 @@ def trial_of(b, task):
     t = TRIALS[task]
     if task == "recall" and b.pairs != 2:
         S = 8 * b.pairs
-        flags = t.train.replace("seg=16", f"seg={S}").replace("batch=40", f"batch={128 // b.pairs}")
+        flags = t.train.replace("seg=16", f"seg={S}").replace("batch=48", f"batch={128 // b.pairs}")
         t = replace(t, data=f"{t.data}:pairs={b.pairs}", test=f"{t.test}:pairs={b.pairs}", train=flags,
                     steps=1200, edges=tuple(range(0, 8 * S + 1, S)), windows=max(2, 64 // b.pairs))
     return t
