@@ -115,7 +115,8 @@ TRIALS = dict(
                   "memformer,memformer:segments=4,memformer:segments=2,memformer:segments=1,rmt,hmt,xl,gpt",
                   span=8, windows=16, lengths=(16,), edges=(0, 16, *range(48, 257, 32))),
     mqar=Trial("by tokens since the pair stood there: 8 pairs, then as many questions, in texts of 64 tokens that are "
-               "read in one call; windows of 16 tokens, so that what is further back is beyond them",
+               "read in one call, or in segments of 16 where that is said; windows of 16 tokens, so that what is "
+               "further back is beyond them",
                "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 64),
                others=":seg=16:segments=4",
                rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
@@ -992,9 +993,9 @@ def rooms_of(b, task):
         name, _, _ = parts_of(spec)
         if name not in nanomem.ROOMS:
             raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
-        S = {**fields_of(spec), **fields_of(spec, tested=True)}.get("seg", t.seg if t else 1)
-        if t and any(n * t.seg % S for n in t.lengths):
-            raise UserError(f"{spec}: texts of {t.lengths[0] * t.seg} tokens are no whole number of segments of {S}")
+        fields, T = {**fields_of(spec), **fields_of(spec, tested=True)}, t and t.lengths[0] * t.seg
+        if t and T % fields.get("seg", t.seg):
+            raise UserError(f"{spec}: texts of {T} tokens are no whole number of segments of {fields['seg']}")
         searcher(spec, task)
     return specs
 
