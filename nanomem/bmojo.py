@@ -130,7 +130,7 @@ class Here:
 
     def angles(self, place):
         """What turns rows (B, m, H, D) that stand at places (m,) of their chunk."""
-        return [x[:, None].repeat(1, self.c.heads, 1) for x in angles(place * self.c.rope, self.c.head_dim)]
+        return angles(place * self.c.rope, self.c.head_dim)[:, None]
 
     def seen(self, place, mask):
         """Of what stands at places (m,) of each chunk: where that is in the segment (B, G, m), and which tokens see it
@@ -190,7 +190,7 @@ class Attention(gpt.Attention):
         i, mask = (torch.cat(x, -1) for x in zip(*seen))                                 # m keys for each of G chunks
         k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
         k, v = (take(x, i).unflatten(-1, (c.heads, -1)).flatten(0, 1) for x in (k, now["v"]))    # (BG, m, H, D)
-        k = rotate(k, [x[:k.size(1)] for x in here.turns])
+        k = rotate(k, here.turns[:k.size(1)])
         q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now

@@ -37,16 +37,22 @@ def norm(x):
 
 
 def angles(pos, D):
-    """RoPE (2104.09864, eq. 15 and 34): what `rotate` multiplies positions pos (T,) with, two tensors (T, D)."""
+    """RoPE (2104.09864, eq. 15 and 34): cos and sin of what `rotate` turns positions pos (T,) by, (T, D/2, 2)."""
     freq = 10_000 ** (-torch.arange(0, D, 2, device=pos.device) / D)
     theta = pos.float()[:, None] * freq                                        # (T, D/2)
-    return theta.cos().repeat(1, 2), torch.cat([-theta.sin(), theta.sin()], 1)
+    return torch.stack([theta.cos(), theta.sin()], -1)
 
 
 def rotate(x, turn):
-    """Turn the pairs (i, i + D/2) of x (..., T, D) by the angles of their positions; turns add up."""
-    cos, sin = turn
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
+    """Turn the pairs (2i, 2i+1) of x (..., T, D) by the angles of their positions; turns add up. Complex numbers take a
+    single kernel; where a compiler fuses, it wants real ones."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return pairs.flatten(-2).type_as(x)
 
 
 def take(x, i):

@@ -52,7 +52,32 @@ def precision(room, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def step_of(room, dtype=None, compile=False):
+class CrossEntropy(torch.autograd.Function):
+    """`summed_loss` in the memory of the logits: they become probabilities, and on the way back their own gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, y):
+        i = y.clamp(min=0)[:, None]
+        nll = logits.amax(-1) - logits.gather(1, i)[:, 0]
+        p = torch.softmax(logits, -1, out=logits)
+        ctx.save_for_backward(p, i, y >= 0)
+        return (nll - p.amax(-1).log()).masked_fill(y < 0, 0).sum()          # the largest p is at least 1/V
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, i, scored = ctx.saved_tensors
+        grad = (grad * scored)[:, None]
+        return p.mul_(grad).scatter_add_(1, i, -grad), None
+
+
+def summed_loss(logits, y):
+    """Cross-entropy of logits (N, V), which it may overwrite, with targets y (N,), -1 where nothing is scored."""
+    if logits.is_cpu and not torch.compiler.is_compiling():    # where new memory of that size takes a tenth of a step
+        return CrossEntropy.apply(logits, y)
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+
+
+def step_of(room, dtype=None, compile=False, loss=summed_loss):
     """The unit of training: one segment, (x (B, S), y (B, S) or None, state) -> (summed loss, next state).
 
     Compiled it is one graph for any number of segments. If the compiler fails on this machine it says so in one line
@@ -61,12 +86,11 @@ def step_of(room, dtype=None, compile=False):
     def step(x, y, state):
         with precision(room, dtype):
             logits, state = room(x, state)
-        if y is None:
-            return None, state
-        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="sum"), state
+        return None if y is None else loss(logits.flatten(0, 1).float(), y.flatten()), state
 
     if not compile:
         return step
+    torch.compiler.reset()     # what was compiled for other rooms counts too, and after eight the compiler gives up
     fast = torch.compile(step, fullgraph=True, dynamic=False)
 
     def compiled(*args):

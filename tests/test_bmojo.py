@@ -21,7 +21,7 @@ PRESETS = ("mamba", "hybrid", "bmojo_f", "bmojo")
 def angles(pos, D):
     """gpt.angles in double precision, so that the views below can be compared to ten digits."""
     theta = pos.double()[:, None] * 10_000 ** (-torch.arange(0, D, 2).double() / D)
-    return theta.cos().repeat(1, 2), torch.cat([-theta.sin(), theta.sin()], 1)
+    return torch.stack([theta.cos(), theta.sin()], -1)
 
 
 @pytest.fixture(autouse=True)

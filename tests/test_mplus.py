@@ -35,7 +35,7 @@ def slow(room, l, x, rows, real):
     the rows up to itself; positions run on through both."""
     block, P, y = room.blocks[l], len(rows), []
     q, k, v = block.attention.qkv(norm(torch.cat([rows, x]))).view(P + len(x), 3, room.c.heads, -1).unbind(1)
-    turn = [a[:, None] for a in gpt.angles(torch.arange(P + len(x)), room.c.head_dim)]
+    turn = gpt.angles(torch.arange(P + len(x)), room.c.head_dim)[:, None]
     q, k = gpt.rotate(norm(q), turn), gpt.rotate(norm(k), turn)
     for i in range(P, P + len(x)):
         j = torch.cat([real.nonzero()[:, 0], torch.arange(P, i + 1)])
@@ -113,8 +113,7 @@ def test_memory_rows_have_an_order_and_it_is_all_in_their_positions(monkeypatch)
     state = after(room)
     mixed = dict(state, pool=state["pool"].flip(2), birth=state["birth"].flip(2))
     assert not close(room(x, state)[0], room(x, mixed)[0])
-    still = lambda pos, D: (torch.ones(len(pos), D), torch.zeros(len(pos), D))
-    monkeypatch.setattr(mplus, "angles", still)
+    monkeypatch.setattr(mplus, "angles", lambda pos, D: gpt.angles(0 * pos, D))
     assert close(room(x, state)[0], room(x, mixed)[0])
 
 
@@ -287,7 +286,7 @@ def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
         real, pool = before["birth"][0, l] >= 0, before["pool"][0, l]
         q, k, _ = room.blocks[l].attention.qkv(norm(torch.cat([room.start[l], pool, rows[0]]))).view(
             1 + c.N + S, 3, c.heads, -1).unbind(1)
-        turn = [a[:, None] for a in gpt.angles(torch.arange(1 + c.N + S), c.head_dim)]
+        turn = gpt.angles(torch.arange(1 + c.N + S), c.head_dim)[:, None]
         q, k = gpt.rotate(norm(q), turn)[1 + c.N:], gpt.rotate(norm(k), turn)[:1 + c.N]
         w = torch.einsum("ihd,jhd->hij", q, k[F.pad(real, (1, 0), value=True)]) / math.sqrt(c.head_dim)
         w = w.softmax(-1).mean(0)[:, 1:]                                   # (S, vectors that are real)

@@ -1,6 +1,9 @@
 """The laws: what every room and every preset keeps, whatever its memory is."""
+import math
+
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import nanomem
 from nanomem import stream
@@ -159,6 +162,19 @@ def test_replay_gives_the_gradients_of_bptt(room):
         assert (grad[n] - grad2[n]).norm() <= 1e-6 * grad[n].norm(), n
 
 
+@pytest.mark.parametrize("scale", [0, 1, 1000])
+def test_the_loss_that_overwrites_its_logits_is_cross_entropy(scale):
+    logits, y = scale * torch.randn(12, V, dtype=torch.double), torch.randint(-1, V, (12,))
+    y[:2] = torch.tensor([-1, 3])
+    found = []
+    for loss in (stream.summed_loss, lambda *args: cross_entropy(*args, ignore_index=-1, reduction="sum")):
+        leaf = logits.clone().requires_grad_()
+        found.append(loss(1 * leaf, y))
+        found += torch.autograd.grad(0.3 * found[-1], leaf)
+    assert torch.allclose(found[0], found[2], rtol=1e-12) and torch.allclose(found[1], found[3], rtol=1e-9, atol=1e-12)
+    assert stream.summed_loss(logits.fill_(math.nan), y).isnan(), "a loss that is lost must be seen to be"
+
+
 def test_a_loss_of_the_mechanism_itself_counts_in_both():
     """`aux` (B,) in the state: its mean joins the loss of its segment, and its gradient goes through the memory too."""
     class WithAux(type(nanomem.build("rmt", **TINY))):
@@ -178,7 +194,7 @@ def test_a_loss_of_the_mechanism_itself_counts_in_both():
     state, goal = room.init_state(2), 0
     for x in tokens.split(S, 1):
         logits, state = room(x, state)
-        goal = goal + torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()) / 3 + state["aux"].mean() / 3
+        goal = goal + cross_entropy(logits.flatten(0, 1), x.flatten()) / 3 + state["aux"].mean() / 3
     goal.backward()
     for one, two, p in zip(*grads, room.parameters()):
         assert close(one, p.grad, 1e-5) and close(two, p.grad, 1e-5)

@@ -196,7 +196,6 @@ def graphs(room, K=4):
     """How many graphs training and then evaluating makes, over windows of K segments."""
     from torch._dynamo.testing import CompileCounterWithBackend
     counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
     real = torch.compile
     try:
         torch.compile = lambda f, **kw: real(f, backend=counter, **kw)
@@ -218,6 +217,15 @@ def test_training_makes_at_most_two_graphs_and_never_recompiles(room):
         assert first <= 2 and again == first, name                   # with a state that needs gradient, and without
         # and the walk without a graph; M+'s store needs no gradient in BPTT and is a leaf of replay
         assert replay <= first + 1 + (name == "mplus") and replay_again == replay, name
+
+
+def test_a_process_compiles_any_number_of_rooms(monkeypatch, capsys):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", **kw))
+    tokens = torch.randint(64, (2, 8))
+    for room in [tiny("gpt", layers=1, seg=8) for _ in range(torch._dynamo.config.recompile_limit + 1)]:
+        stream.bptt(room, stream.step_of(room, compile=True), tokens, tokens, room.init_state(2), 0.01)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow

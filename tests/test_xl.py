@@ -1,4 +1,7 @@
 """Sliding window, Transformer-XL and full attention against one pass over the whole text."""
+import itertools
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -99,14 +102,19 @@ def test_turns_add_up():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_bricks_are_what_the_library_and_the_complex_numbers_say(dtype):
+def test_the_bricks_are_what_the_library_and_a_matrix_for_each_pair_say(dtype, monkeypatch):
     x, D, near = torch.randn(2, 3, 5, 16, dtype=dtype), 16, 4 * max(torch.finfo(dtype).eps, 1e-6)
     assert norm(x).dtype == dtype and norm(0 * x).eq(0).all()
     assert torch.allclose(norm(x), F.rms_norm(x, (D,)), rtol=near)
-    turn = torch.polar(torch.ones(5, D // 2), torch.arange(3, 8)[:, None] * 10_000 ** (-torch.arange(0, D, 2) / D))
-    z = torch.complex(*x.float().chunk(2, -1)) * turn
-    assert torch.allclose(rotate(x, angles(torch.arange(3, 8), D)).float(), torch.cat([z.real, z.imag], -1),
-                          rtol=near, atol=near)
+    slow = x.double().clone()
+    for t, i in itertools.product(range(5), range(D // 2)):
+        theta = (3 + t) / 10_000 ** (2 * i / D)
+        turn = torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]]).double()
+        slow[..., t, 2 * i:2 * i + 2] = slow[..., t, 2 * i:2 * i + 2] @ turn.T
+    for compiling in (False, True):                                  # two ways to write the same product
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        y = rotate(x, angles(torch.arange(3, 8), D))
+        assert y.dtype == dtype and torch.allclose(y.double(), slow, rtol=near, atol=near)
 
 
 def test_taking_rows_is_indexing_with_its_gradient():
