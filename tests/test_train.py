@@ -215,15 +215,16 @@ def test_training_makes_at_most_two_graphs_and_never_recompiles(room):
     for name in nanomem.ROOMS if room == "all" else [room]:
         first, again, replay, replay_again = graphs(tiny(name, seg=8, layers=1))
         assert first <= 2 and again == first, name                   # with a state that needs gradient, and without
-        # and the walk without a graph; M+'s store needs no gradient in BPTT and is a leaf of replay
-        assert replay <= first + 1 + (name == "mplus") and replay_again == replay, name
+        # and the walk without a graph; M+'s store and B'MOJO's innovations need no gradient in BPTT and are leaves of replay
+        assert replay <= first + 1 + (name in ("mplus", "bmojo")) and replay_again == replay, name
 
 
 def test_a_process_compiles_any_number_of_rooms(monkeypatch, capsys):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", **kw))
     tokens = torch.randint(64, (2, 8))
-    for room in [tiny("gpt", layers=1, seg=8) for _ in range(torch._dynamo.config.recompile_limit + 1)]:
+    for i in range(torch._dynamo.config.recompile_limit + 1):
+        room = tiny("gpt", layers=1, seg=8, mlp=8 + i)
         stream.bptt(room, stream.step_of(room, compile=True), tokens, tokens, room.init_state(2), 0.01)
     assert not capsys.readouterr().err
 
