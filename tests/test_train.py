@@ -215,7 +215,7 @@ def test_training_makes_at_most_two_graphs_and_never_recompiles(room):
     for name in nanomem.ROOMS if room == "all" else [room]:
         first, again, replay, replay_again = graphs(tiny(name, seg=8, layers=1))
         assert first <= 2 and again == first, name                   # with a state that needs gradient, and without
-        # and the walk without a graph; M+'s store and B'MOJO's innovations, without gradient in BPTT, are leaves of replay
+        # and the walk without a graph; M+'s store and B'MOJO's innovations get a gradient only as leaves of replay
         assert replay <= first + 1 + (name in ("mplus", "bmojo")) and replay_again == replay, name
 
 
