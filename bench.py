@@ -579,13 +579,13 @@ def seconds(device, *functions, rounds=5, again=False):
 def training_step(room, rows, K, walk=stream.bptt, compile=False):
     """A step of training as train.py makes it, on random tokens: forward, backward, update."""
     c, device = room.c, stream.device_of(room)
-    x = torch.randint(c.vocab, (rows, K * c.seg), device=device)
+    x, y = torch.randint(c.vocab, (2, rows, K * c.seg), device=device)
     optimizer = torch.optim.AdamW(room.parameters(), fused=True)
     loss = partial(F.cross_entropy, reduction="sum") if isinstance(room, Plain) else stream.summed_loss
     forward, state = stream.step_of(room, compile=compile, loss=loss), room.init_state(rows)
 
     def step():
-        walk(room, forward, x, x, stream.detach(state), 1 / x.numel())
+        walk(room, forward, x, y, stream.detach(state), 1 / x.numel())
         nn.utils.clip_grad_norm_(room.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
