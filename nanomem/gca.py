@@ -105,9 +105,10 @@ class GCA(GPT):
     def init_state(self, B):
         c, like = self.c, self.head.weight
         zeros = lambda *shape, at=like.device: torch.zeros(B, *shape, device=at)
-        return dict(key=zeros(c.M, c.width), ask=zeros(c.groups, c.width), n=zeros().long(),
+        return dict(key=zeros(c.M, c.width),
                     bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, at="cpu" if c.host else like.device),
-                    near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))
+                    ask=zeros(c.groups, c.width), n=zeros().long(),
+                    near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))     # in the order of `write`: one graph for both
 
     def read(self, state):
         """Beside the state: the open chunk as the lower layers left it, and what was found for it once it has begun."""
