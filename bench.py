@@ -640,7 +640,7 @@ def cost(room, b):
 # replay
 
 def checkpointed(room, step, x, y, state, scale):
-    """Back-propagation in which autograd keeps what enters a segment, and walks it once more on the way back."""
+    """Back-propagation in which autograd keeps what enters a call, and walks it once more on the way back."""
     again = lambda *args: torch.utils.checkpoint.checkpoint(step, *args, use_reentrant=False)
     return stream.bptt(room, again, x, y, state, scale)
 

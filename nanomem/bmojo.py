@@ -195,9 +195,9 @@ class Attention(gpt.Attention):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now
 
-    def close(self, past):
-        """The segment is over: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""
-        w, n, past = self.c.past, self.M + self.c.past + self.c.seg, dict(past)
+    def close(self, past, P):
+        """After P tokens it is over: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""
+        w, n, past = self.c.past, self.M + self.c.past + P, dict(past)
         rows = torch.arange(past["k"].size(1), device=past["k"].device)
         i = torch.cat([rows[n - w:n], rows[n:][-2 * w:]]).expand(len(past["k"]), -1)
         if self.M:
@@ -261,6 +261,7 @@ class BMojo(GPT):
              keys and queries on c and b, in place of SiLUs, and starts with longer steps, for short training
     """
     Config = Config
+    parallel = math.inf
 
     def __init__(self, c):
         super().__init__(c)
@@ -290,6 +291,6 @@ class BMojo(GPT):
 
     def write(self, cache, state):
         n, P, pasts = cache
-        pasts = [block.attention.close(past) if block.attention else past for block, past in zip(self.blocks, pasts)]
+        pasts = [block.attention.close(past, P) if block.attention else past for block, past in zip(self.blocks, pasts)]
         now = {f"{l}.{k}": v for l, past in enumerate(pasts) for k, v in past.items()} | dict(n=n + P)
         return {k: now[k].to(v.dtype, copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}

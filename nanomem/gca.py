@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, angles, norm, rotate, take
+from .gpt import GPT, Block, angles, band, norm, rotate, take
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Config(gpt.Config):
                  max(d for d in range(1, max(1, min(64, c.seg // 4)) + 1) if c.seg % d == 0))
     U = property(lambda c: c.m + (c.topk > 0))                             # rows of a chunk: its tokens and a landmark
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.U)
-    M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * (c.seg // c.m)))
+    s = property(lambda c: c.seg // c.m)                                   # chunks of a segment
+    M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
     lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not read the bank
 
     def __post_init__(self):
@@ -33,9 +34,9 @@ class Config(gpt.Config):
         assert self.chunk > 0 or self.chunk == -1, f"chunk counts tokens, got {self.chunk}"
         assert self.seg % self.m == 0, f"a segment of {self.seg} tokens is no whole number of chunks of {self.m}"
         assert self.topk >= 0, f"topk counts chunks, got {self.topk}"
-        n, upper = self.seg // self.m, self.layers - self.lower
-        assert not self.topk or self.M >= max(n, self.topk), \
-            f"a bank of {self.M} chunks cannot hold the {n} of a segment and the {self.topk} that are read"
+        upper = self.layers - self.lower
+        assert not self.topk or self.M >= max(self.s, self.topk), \
+            f"a bank of {self.M} chunks cannot hold the {self.s} of a segment and the {self.topk} that are read"
         assert self.groups > 0 and upper % self.groups == 0, f"{upper} upper layers are not {self.groups} equal groups"
         assert self.retrieval in ("learned", "random", "recent"), \
             f"retrieval is learned, random or recent, got {self.retrieval}"
@@ -89,6 +90,7 @@ class GCA(GPT):
              chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
     """
     Config = Config
+    parallel = property(lambda room: max(1, room.c.M // room.c.s) if room.c.W else 1)      # all of them in the bank
 
     def __init__(self, c):
         super().__init__(c)
@@ -136,7 +138,7 @@ class GCA(GPT):
         rows = lambda x: x.unflatten(1, (n, -1))                               # (B, n (u+1), C) -> (B, n, u+1, C)
         P, R = cache["near"][0][0].size(2), n * x.size(2)
         first = (P - c.W) // c.U                                               # chunks of this segment before x
-        turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.band(cache["n"], P, R)
+        turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.mask(cache["n"], P, R)
         x, near, asked, found = x.flatten(1, 2), [], [], dict(cache["found"])
         for block, past in zip(self.blocks[:c.lower], cache["near"]):
             x, kv = block(x, turn, past, mask)
@@ -165,31 +167,31 @@ class GCA(GPT):
         cache.update(near=near, found={} if full else found, picks=[picks for _, _, picks in found.values()])
         return norm(rows(x)[:, :, :u].flatten(1, 2)), cache
 
-    def band(self, n, P, R):
-        """What each of R rows behind P others may see, for attention in blocks: itself and the W rows before it."""
+    def mask(self, n, P, R):
+        """What each of R rows behind P others may see, given n (B,) chunks so far: itself and the W rows before it."""
         c = self.c
         if not c.W:
             return None
         A = max(d for d in range(1, min(R, max(c.W // 2, c.U)) + 1) if R % d == 0)         # rows of a block
-        i, j = torch.arange(A, device=n.device)[:, None], torch.arange(c.W + A, device=n.device)
-        row = P - c.W + torch.arange(0, R, A, device=n.device)[:, None] + j                # (blocks, W+A)
-        real = row >= c.W - n[:, None, None] * c.U                                         # (B, blocks, W+A)
-        return (j >= i) & (j <= i + c.W) & real[:, :, None, None]                          # (B, blocks, 1, A, W+A)
+        return band(c.W - n * c.U, P, R, c.W, A)
 
     def join(self, h, first, cache):
-        """Full chunks, all rows of them h (B, n, U, C), are encoded: key and bank with them in it."""
+        """Full chunks, all rows of them h (B, n, U, C), are encoded: key and bank with them in it; behind these, what
+        lost its place to a second or later segment of this call, for until then it is seen."""
         c, (B, n, _, _) = self.c, h.shape
         turn = angles(torch.arange(c.U, device=h.device), c.head_dim)
         all_see_all = torch.ones(c.U, c.U, dtype=torch.bool, device=h.device)
         z = norm(self.encoder(norm(h.flatten(0, 1)), turn, mask=all_see_all)[0]).unflatten(0, (B, n))
         kv = self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)            # (B, n, H, m, 2D)
         place = (cache["n"][:, None] + torch.arange(first, first + n, device=h.device)) % c.M
-        joined = dict(key=cache["key"], bank=cache["bank"])
+        joined = {}
         for name, new in dict(key=z[:, :, c.m], bank=kv).items():
-            if self.training or torch.is_grad_enabled():
-                joined[name] = joined[name].clone()
-            at = joined[name].device
-            joined[name][torch.arange(B, device=at)[:, None], place.to(at)] = new.to(joined[name])
+            old = cache[name]
+            row, at = torch.arange(B, device=old.device)[:, None], place.to(old.device)
+            if self.training or torch.is_grad_enabled() or n > c.s:
+                old = torch.cat([old, old[row, at[:, max(0, c.s - first):]]], 1)           # (B, M + chunks, ...)
+            old[row, at] = new.to(old)
+            joined[name] = old
         return joined
 
     def find(self, ask, first, g, cache):
@@ -197,8 +199,11 @@ class GCA(GPT):
         values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
         c, (_, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
         t = (cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device))[..., None]   # who asks
-        last = cache["n"][:, None] + c.seg // c.m - 1                          # the last chunk of this segment
+        end = cache["n"][:, None] + torch.arange(first, first + n, device=ask.device) // c.s * c.s + c.s - 1
+        last = end[:, -1:]                                                     # (B, 1) of the chunks of this call
         e = last - (last - torch.arange(c.M, device=ask.device)) % c.M         # (B, M) whose place it is by then
+        left = cache["n"][:, None] + torch.arange(c.s, c.s + key.size(1) - c.M, device=ask.device) - c.M
+        e = torch.cat([e, left], 1)
         e = e.where(e >= 0, last)[:, None]                                     # an empty place is nobody's past
         learned = c.retrieval == "learned"
         with torch.autocast(ask.device.type, enabled=False):                   # close scores must not swap ranks
@@ -206,9 +211,9 @@ class GCA(GPT):
         rank = s + e if c.retrieval == "recent" else s
         if c.retrieval == "random" or learned and self.training:
             rank = s + gumbel(t * c.groups + g, e)
-        top = rank.masked_fill(e >= t, -torch.inf).topk(c.topk, -1).indices    # (B, n, k)
-        picks = e.expand(-1, n, -1).gather(2, top)
-        real = picks < t
+        seen = (e < t) & (e > end[..., None] - c.M)                            # past, and not yet out of the bank
+        top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1).indices     # (B, n, k)
+        picks, real = e.expand_as(s).gather(2, top), seen.gather(2, top)
         w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
         kv = take(bank.flatten(2), top.to(bank.device)).to(ask.device)
         return kv.unflatten(3, bank.shape[2:]), w, picks.where(real, -1)
@@ -218,5 +223,6 @@ class GCA(GPT):
         P = near[0][0].size(2)
         turn = angles(torch.full((1,), c.W - P, device=state["n"].device), c.head_dim)
         near = torch.stack([torch.stack([rotate(k[:, :, P - c.W:], turn), v[:, :, P - c.W:]], 1) for k, v in near], 1)
-        return dict(key=cache["key"], bank=cache["bank"], ask=cache["ask"], n=state["n"] + c.seg // c.m,
+        key, bank = (cache[k] if cache[k].size(1) == c.M else cache[k][:, :c.M].clone() for k in ("key", "bank"))
+        return dict(key=key, bank=bank, ask=cache["ask"], n=state["n"] + (P - c.W) // c.U,
                     near=near.to(state["near"].dtype))

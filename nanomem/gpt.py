@@ -81,6 +81,14 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and P == 0)
 
 
+def band(first, P, T, W, A):
+    """The mask of a window in blocks of A: each of the last T of P + T positions sees itself and the W before it, and
+    nothing before position first (B,). (B, T/A, 1, A, W+A)"""
+    i, j = torch.arange(A, device=first.device)[:, None], torch.arange(W + A, device=first.device)
+    there = P - W + torch.arange(0, T, A, device=first.device)[:, None] + j >= first[:, None, None]     # (B, T/A, W+A)
+    return (j >= i) & (j <= i + W) & there[:, :, None, None]
+
+
 class Attention(nn.Module):
     """Self-attention with RoPE and QK-norm; `past` holds the rotated keys and the values of earlier positions."""
 
@@ -133,6 +141,7 @@ class GPT(nn.Module):
     departs  RoPE, RMSNorm and QK-norm without weights, squared ReLU, no biases, untied head, MLPs that start at zero
     """
     Config = Config
+    parallel = 1   # segments that a forward may bring: as many as need not wait for each other
 
     def __init__(self, c):
         super().__init__()
@@ -193,7 +202,8 @@ class GPT(nn.Module):
         return dict(state)
 
     def forward(self, tokens, state):
-        """One whole segment, tokens (B, S) -> logits (B, S, V) and the next state."""
-        assert tokens.size(1) == self.c.seg, f"a segment is {self.c.seg} tokens, got {tokens.size(1)}"
+        """One whole segment, tokens (B, S) -> logits (B, S, V) and the next state; or `parallel` of them at most."""
+        n, rest = divmod(tokens.size(1), self.c.seg)
+        assert 0 < n <= self.parallel and not rest, f"a segment is {self.c.seg} tokens, got {tokens.size(1)}"
         logits, cache = self.extend(tokens, self.read(state))
         return logits, self.write(cache, state)

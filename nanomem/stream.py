@@ -78,9 +78,9 @@ def summed_loss(logits, y):
 
 
 def step_of(room, dtype=None, compile=False, loss=summed_loss):
-    """The unit of training: one segment, (x (B, S), y (B, S) or None, state) -> (summed loss, next state).
+    """The unit of training: one call of the room, (x (B, T), y (B, T) or None, state) -> (summed loss, next state).
 
-    Compiled it is one graph for any number of segments. If the compiler fails on this machine it says so in one line
+    Compiled it is one graph for any number of calls. If the compiler fails on this machine it says so in one line
     and runs the same function eagerly.
     """
     def step(x, y, state):
@@ -107,7 +107,17 @@ def step_of(room, dtype=None, compile=False, loss=summed_loss):
 
 
 def segments(room, x, y):
+    """A window x, y (B, K*S) cut into its segments."""
     return list(zip(x.split(room.c.seg, 1), y.split(room.c.seg, 1)))
+
+
+def calls(room, x, y, state):
+    """The same, cut into what the room takes at once: as many segments as need not wait for each other; and where
+    nothing is remembered, all of them, as rows."""
+    if not state:
+        return [(x.reshape(-1, room.c.seg), y.reshape(-1, room.c.seg))]
+    n = min(room.parallel * room.c.seg, x.size(1))
+    return list(zip(x.split(n, 1), y.split(n, 1)))
 
 
 def objective(loss, state, scale, K):
@@ -116,11 +126,11 @@ def objective(loss, state, scale, K):
 
 
 def bptt(room, step, x, y, state, scale):
-    """Back-propagate through all K segments of a window at once, x and y (B, K*S); gradients add up in .grad.
+    """Back-propagate through all K segments of a window, x and y (B, K*S); gradients add up in .grad.
 
     Returns the summed loss and the detached state behind the window. `scale` is 1 / (number of targets).
     """
-    total, goal, parts = 0, 0, segments(room, x, y)
+    total, goal, parts = 0, 0, calls(room, x, y, state)
     for xs, ys in parts:
         loss, state = step(xs, ys, state)
         total, goal = total + loss.detach(), goal + objective(loss, state, scale, len(parts))

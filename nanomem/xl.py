@@ -1,10 +1,11 @@
 """Sliding window, Transformer-XL and full attention: the keys and values of the last W tokens, kept as they are."""
+import math
 from dataclasses import dataclass
 
 import torch
 
 from . import gpt
-from .gpt import GPT, angles, rotate
+from .gpt import GPT, angles, band, rotate
 
 
 @dataclass
@@ -32,6 +33,7 @@ class XL(GPT):
              slide=True lets it through, so that K segments train as one banded sequence
     """
     Config = Config
+    parallel = property(lambda room: math.inf if room.c.slide else 1)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
@@ -51,6 +53,8 @@ class XL(GPT):
     def mask(self, n, P, T):
         """Which of P + T positions each of the last T may see, given that n (B,) of the first W are filled."""
         W = self.c.W
+        if T > self.c.seg:                                                    # several segments, a block each
+            return band(W - n, P, T, W, self.c.seg)
         i = torch.arange(P, P + T, device=n.device)[:, None]                  # (T, 1)
         j = torch.arange(P + T, device=n.device)                              # (P+T,)
         seen = j <= i                                                         # (T, P+T) causal

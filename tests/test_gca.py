@@ -238,6 +238,21 @@ def test_without_its_bank_it_is_the_sliding_window(window):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("fields", [dict(bank=3 * N), dict(bank=3 * N + 1, groups=2, layers=4), dict(bank=4, chunk=16),
+                                    dict(bank=3 * N, retrieval="random"), dict(bank=3 * N, retrieval="recent")],
+                         ids=["full", "two groups", "few", "random", "recent"])
+def test_a_bank_that_overflows_within_a_call_shows_every_segment_what_it_held_by_then(fields, train):
+    room = gca(**fields).train(train)
+    state = after = room.init_state(2)
+    for seed in range(3):
+        tokens = text(K=room.parallel, seed=seed)
+        logits, state = room(tokens, state)
+        expected, after = walk(room, tokens, after)
+        assert close(logits, expected) and close(state, after)
+
+
+@torch.no_grad()
 def test_reading_changes_the_bank_in_place_and_no_prediction():
     """Even when the bank is full and goes round: 3 segments of 4 chunks in 6 places."""
     room = gca(bank=6)

@@ -90,6 +90,21 @@ def test_a_reader_predicts_what_the_walk_predicts(room):
     assert reader.count == t == 3 * S
 
 
+@torch.no_grad()
+def test_segments_side_by_side_are_segments_in_turn(room):
+    if room.parallel == 1:
+        with pytest.raises(AssertionError, match=f"a segment is {S} tokens, got {2 * S}"):
+            room(text()[:, :2 * S], room.init_state(2))
+        return
+    state = after = room.init_state(2)
+    for seed in range(2):
+        tokens = text(seed=seed)
+        logits, state = room(tokens, state)
+        expected, after = walk(room, tokens, after)
+        assert close(logits, expected) and close(state, after)
+        assert all(v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes for v in state.values())
+
+
 # law 3: no token sees the future
 
 @torch.no_grad()
@@ -157,9 +172,9 @@ def test_replay_gives_the_gradients_of_bptt(room):
         loss, state = way(room, stream.step_of(room), tokens, tokens.roll(-1, 1), begin, 1 / tokens.numel())
         found.append((loss, state, {n: p.grad for n, p in room.named_parameters()}))
     (loss, state, grad), (loss2, state2, grad2) = found
-    assert torch.allclose(loss, loss2, rtol=1e-6) and close(state, state2, 1e-6)
+    assert torch.allclose(loss, loss2, rtol=1e-6) and close(state, state2, 1e-5)     # turns by large angles are rounded
     for n in grad:
-        assert (grad[n] - grad2[n]).norm() <= 1e-6 * grad[n].norm(), n
+        assert (grad[n] - grad2[n]).norm() <= 1e-5 * grad[n].norm(), n
 
 
 @pytest.mark.parametrize("scale", [0, 1, 1000])
