@@ -559,7 +559,7 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def seconds(device, *functions, rounds=5, again=False):
+def seconds(device, *functions, rounds=9, again=False):
     """Seconds of each function, (functions, rounds); timed in turn in every round, so that a slow minute hits them
     alike and ratios within a round can be trusted. `again` runs each twice and times the second, as in a loop that does
     nothing else: memory and caches are as the function leaves them, not as the one before it did."""
@@ -626,7 +626,7 @@ def cost(room, b):
         peaks.append(live.peak)
         readers[-1] = copied(reader)
     read, decode = ([lambda r=r, n=n: [r(x) for x in book[:, :c.seg].split(n, 1)] for r in readers] for n in (c.seg, 1))
-    times = seconds(device, *read, *decode, rounds=4).reshape(2, len(depths), -1)
+    times = seconds(device, *read, *decode).reshape(2, len(depths), -1)
     room.train()
     more = dict(scan=scan_over_loop()) if getattr(c, "mix", "") == "bmojo" and c.M else {}
     return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
