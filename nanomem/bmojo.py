@@ -196,7 +196,7 @@ class Attention(gpt.Attention):
         return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now
 
     def close(self, past, P):
-        """After P tokens it is over: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""
+        """P tokens came: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""
         w, n, past = self.c.past, self.M + self.c.past + P, dict(past)
         rows = torch.arange(past["k"].size(1), device=past["k"].device)
         i = torch.cat([rows[n - w:n], rows[n:][-2 * w:]]).expand(len(past["k"]), -1)

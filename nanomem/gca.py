@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
 
 
 class GCA(GPT):
-    """Text in chunks of m tokens, each closed by a landmark row; all chunks of a segment at once. The lower layers see
+    """Text in chunks of m tokens, each closed by a landmark row; all chunks of a call at once. The lower layers see
     a window. What they make of a chunk is encoded, once, to a key (at its landmark) and to keys and values (at its
     tokens), and joins the bank. In the upper layers a landmark asks the bank, and the chunk after it reads the answer.
 
@@ -137,7 +137,7 @@ class GCA(GPT):
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
         rows = lambda x: x.unflatten(1, (n, -1))                               # (B, n (u+1), C) -> (B, n, u+1, C)
         P, R = cache["near"][0][0].size(2), n * x.size(2)
-        first = (P - c.W) // c.U                                               # chunks of this segment before x
+        first = (P - c.W) // c.U                                               # chunks of this call before x
         turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.mask(cache["n"], P, R)
         x, near, asked, found = x.flatten(1, 2), [], [], dict(cache["found"])
         for block, past in zip(self.blocks[:c.lower], cache["near"]):
@@ -195,15 +195,16 @@ class GCA(GPT):
         return joined
 
     def find(self, ask, first, g, cache):
-        """For chunks first, first+1, ... of this segment, what their predecessors asked for, ask (B, n, C): keys and
+        """For chunks first, first+1, ... of this call, what their predecessors asked for, ask (B, n, C): keys and
         values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
         c, (_, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
-        t = (cache["n"][:, None] + torch.arange(first - 1, first - 1 + n, device=ask.device))[..., None]   # who asks
-        end = cache["n"][:, None] + torch.arange(first, first + n, device=ask.device) // c.s * c.s + c.s - 1
-        last = end[:, -1:]                                                     # (B, 1) of the chunks of this call
+        before, i = cache["n"][:, None], torch.arange(first, first + n, device=ask.device)
+        t = (before + i - 1)[..., None]                                        # (B, n, 1) who asks
+        end = (before + i // c.s * c.s + c.s - 1)[..., None]                   # (B, n, 1) last chunk of its segment
+        last = end[:, -1]                                                      # (B, 1) of this call
         e = last - (last - torch.arange(c.M, device=ask.device)) % c.M         # (B, M) whose place it is by then
-        left = cache["n"][:, None] + torch.arange(c.s, c.s + key.size(1) - c.M, device=ask.device) - c.M
-        e = torch.cat([e, left], 1)
+        lost = before - c.M + torch.arange(c.s, c.s + key.size(1) - c.M, device=ask.device)
+        e = torch.cat([e, lost], 1)                                            # (B, M + lost): see `join`
         e = e.where(e >= 0, last)[:, None]                                     # an empty place is nobody's past
         learned = c.retrieval == "learned"
         with torch.autocast(ask.device.type, enabled=False):                   # close scores must not swap ranks
@@ -211,7 +212,7 @@ class GCA(GPT):
         rank = s + e if c.retrieval == "recent" else s
         if c.retrieval == "random" or learned and self.training:
             rank = s + gumbel(t * c.groups + g, e)
-        seen = (e < t) & (e > end[..., None] - c.M)                            # past, and not yet out of the bank
+        seen = (e < t) & (e > end - c.M)                                       # past, and not yet out of the bank
         top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1).indices     # (B, n, k)
         picks, real = e.expand_as(s).gather(2, top), seen.gather(2, top)
         w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
