@@ -172,8 +172,7 @@ class GCA(GPT):
         c = self.c
         if not c.W:
             return None
-        A = max(d for d in range(1, min(R, max(c.W // 2, c.U)) + 1) if R % d == 0)         # rows of a block
-        return band(c.W - n * c.U, P, R, c.W, A)
+        return band(c.W - n * c.U, P, R, c.W, max(c.W // 2, c.U))
 
     def join(self, h, first, cache):
         """Full chunks, all rows of them h (B, n, U, C), are encoded: key and bank with them in it; behind these, what

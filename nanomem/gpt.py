@@ -66,14 +66,16 @@ def attend(q, k, v, mask=None):
 
     `mask` (bool, True = may look) replaces the causal rule. The kernel's own is_causal aligns top left, so it is
     right only while the cache is empty; a single query at the end needs no mask at all. A mask (B, n, 1, A, W+A) cuts
-    the queries into n blocks of A, and each block sees only itself and the W positions before it.
+    queries and keys into blocks of A, and a block of queries sees only itself and the W/A before it.
     """
     T, P = q.size(2), k.size(2) - q.size(2)
     if mask is not None and mask.ndim == 5:
         n, A, near = mask.size(1), mask.size(3), mask.size(4)
-        i = P + A - near + A * torch.arange(n, device=q.device)[:, None] + torch.arange(near, device=q.device)
-        q = q.unflatten(2, (n, A)).transpose(1, 2).flatten(0, 1)                            # (B n, H, A, D)
-        k, v = (x.index_select(2, i.flatten()).unflatten(2, i.shape).transpose(1, 2).flatten(0, 1) for x in (k, v))
+        k, v = k[:, :, P + A - near:], v[:, :, P + A - near:]
+        if n > 1:
+            q, k, v = (x.unflatten(2, (-1, A)).transpose(1, 2) for x in (q, k, v))          # (B, blocks, H, A, D)
+            k, v = (torch.stack([x[:, i:i + n] for i in range(near // A)], 3).flatten(3, 4) for x in (k, v))
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))                     # (B n, H, A, D) and (B n, H, W+A, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1))
         return y.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)
     if mask is None and P > 0 and T > 1:
@@ -81,9 +83,10 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and P == 0)
 
 
-def band(first, P, T, W, A):
-    """The mask of a window in blocks of A: each of the last T of P + T positions sees itself and the W before it, and
-    nothing before position first (B,). (B, T/A, 1, A, W+A)"""
+def band(first, P, T, W, most):
+    """The mask (B, T/A, 1, A, W+A) of a window, in blocks of A <= most: each of the last T of P + T positions sees itself
+    and the W before it, and nothing before position first (B,)."""
+    A = T if T <= most else max(d for d in range(1, most + 1) if T % d == W % d == 0)
     i, j = torch.arange(A, device=first.device)[:, None], torch.arange(W + A, device=first.device)
     there = P - W + torch.arange(0, T, A, device=first.device)[:, None] + j >= first[:, None, None]     # (B, T/A, W+A)
     return (j >= i) & (j <= i + W) & there[:, :, None, None]
