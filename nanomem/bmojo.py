@@ -56,7 +56,7 @@ def step(x, a, b, c, h):
 def decays(A):
     """exp of A_i - A_j for j <= i, else 0: what is left at i of what came at j. A (..., n) -> (..., n, n)."""
     later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
-    return (A[..., :, None] - A[..., None, :] + later).exp()
+    return (A[..., :, None] + (-A)[..., None, :] + later).exp()     # the gradient of a difference copies
 
 
 def scan(x, a, b, c, h, Q=64):

@@ -84,8 +84,8 @@ def attend(q, k, v, mask=None):
 
 
 def band(first, P, T, W, most):
-    """The mask (B, T/A, 1, A, W+A) of a window, in blocks of A <= most: each of the last T of P + T positions sees itself
-    and the W before it, and nothing before position first (B,)."""
+    """The mask (B, T/A, 1, A, W+A) of a window, in blocks of A <= most: each of the last T of P + T positions sees
+    itself and the W before it, but for those before position first (B,)."""
     A = T if T <= most else max(d for d in range(1, most + 1) if T % d == W % d == 0)
     i, j = torch.arange(A, device=first.device)[:, None], torch.arange(W + A, device=first.device)
     there = P - W + torch.arange(0, T, A, device=first.device)[:, None] + j >= first[:, None, None]     # (B, T/A, W+A)
