@@ -32,7 +32,9 @@ def test_full_attention_is_one_causal_pass_over_everything():
 def test_a_sliding_window_is_one_pass_with_a_banded_mask(W):
     room = tiny("window", window=W)
     i, j = ij(4 * S)
-    assert close(walk(room, text(K=4))[0], whole(room, text(K=4), (j <= i) & (j >= i - W)))
+    expected = whole(room, text(K=4), (j <= i) & (j >= i - W))
+    assert close(walk(room, text(K=4))[0], expected)
+    assert close(room(text(K=4), room.init_state(2))[0], expected), "in blocks, of all four segments in one call"
 
 
 def test_a_sliding_window_has_the_gradients_of_that_one_pass():
