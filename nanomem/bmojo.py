@@ -108,12 +108,12 @@ class Here:
     """Where the T tokens of a call stand: P into the segment, n + P into the text; in whole chunks, or all in one."""
 
     def __init__(self, c, tokens, n, P):
-        self.c, self.n, self.P, self.end, w = c, n, P, P + tokens.size(1), c.w
+        self.c, self.n, self.P, self.end, self.first, w = c, n, P, P + tokens.size(1), P - P % c.w, c.w
         self.at = torch.arange(P, self.end, device=n.device)                     # (T,)
-        self.start = torch.arange(P - P % w, self.end, w, device=n.device)       # (G,) of each chunk
+        self.start = torch.arange(self.first, self.end, w, device=n.device)      # (G,) of each chunk
         self.G = len(self.start)
         self.j = self.at[-(len(self.at) // self.G):, None] - self.start[-1]      # (t, 1) in its chunk
-        place = torch.arange(-2 * w, min(w, self.end - P + P % w), device=n.device)
+        place = torch.arange(-2 * w, min(w, self.end - self.first), device=n.device)
         age = self.j - place                                                     # (t, up to 3w), of what stands there
         fades = (age >= w) & (age < 2 * w) if c.fading < 0 else (place >= -c.fading).expand_as(age)
         raw, faded = place[2 * w - c.past:], place[:2 * w if c.fading else 0]
@@ -133,11 +133,17 @@ class Here:
         return angles(place * self.c.rope, self.c.head_dim)[:, None]
 
     def seen(self, place, mask):
-        """Of what stands at places (m,) of each chunk: where that is in the segment (B, G, m), and which tokens see it
-        (B, G, t, m): those of the mask (t, m), unless the text begins later."""
-        at = self.start[:, None] + place
-        begun = at >= -self.n[:, None, None]
-        return at.expand_as(begun), mask & begun[:, :, None]
+        """Which tokens (B, G, t, m) see what stands at places (m,) of their chunk: those of the mask (t, m), unless the
+        text begins later."""
+        return mask & (self.start[:, None] + place >= -self.n[:, None, None])[:, :, None]
+
+    def cut(self, x, m):
+        """The first m rows of x (B, ., C) for the first chunk, w rows further for each other: parts of (B, G, m, C)."""
+        w, G = self.c.w, self.G
+        if G == 1:
+            return [x[:, None, :m]]
+        x = x[:, :m + (G - 1) * w].unflatten(1, (-1, w))
+        return [x[:, i:i + G] for i in range(m // w)]
 
 
 class Attention(gpt.Attention):
@@ -179,21 +185,27 @@ class Attention(gpt.Attention):
         for name, new, out in zip("kv", kv.split(C, -1), faded.split(C, -1)):
             old = past[name].type_as(new)
             now[name] = torch.cat([old[:, :n], new, old[:, n:], out], 1)                 # (B, M+w+P+T [+2w+P+T], C)
-        seen = [(here.raw[0] + M + c.past, here.raw[1])]                                 # rows, and who sees them
+        near = [(M + here.first, here.raw)]                                              # first row, and who sees it
         if self.fading:
-            seen += [(here.faded[0] + n + T + 2 * w, here.faded[1])]
+            near += [(n + T + here.first, here.faded)]
+        masks = [mask for _, mask in near]
         if M:
             now.update(self.surprise(y.detach(), past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            seen += [(i, (here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None])]      # far enough: (B, G, t, M)
-        i, mask = (torch.cat(x, -1) for x in zip(*seen))                                 # m keys for each of G chunks
-        k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
-        k, v = (take(x, i).unflatten(-1, (c.heads, -1)).flatten(0, 1) for x in (k, now["v"]))    # (BG, m, H, D)
+            masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
+
+        def visible(rows):
+            """Raw, fading and eidetic ones of all rows (B, ., C), for each chunk: (BG, m, H, D)."""
+            parts = [part for first, mask in near for part in here.cut(rows[:, first:], mask.size(-1))]
+            parts += [take(rows, i)] if M else []
+            return torch.cat(parts, 2).unflatten(-1, (c.heads, -1)).flatten(0, 1)
+        k, v = visible(norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)), visible(now["v"])
         k = rotate(k, here.turns[:k.size(1)])
         q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.out(attend(q, k, v, mask.flatten(0, 1)[:, None]).transpose(1, 2).reshape(B, T, C)), now
+        x = attend(q, k, v, torch.cat(masks, -1).flatten(0, 1)[:, None])                 # (BG, H, t, D)
+        return self.out(x.transpose(1, 2).reshape(B, T, C)), now
 
     def close(self, past, P):
         """P tokens came: of all rows the M eidetic and the last w stay, and of the outputs the last 2w."""

@@ -60,16 +60,15 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(c.width, c.width, bias=False)
 
     def forward(self, x, kv, w):
-        """Rows x (B, n, u, C) of n chunks; each reads k chunks, kv (B, n, k, H, m, 2D), with weights w (B, n, k)."""
-        B, n, u, _ = x.shape
-        k, H = kv.shape[2:4]
+        """Rows x (B, n, u, C) of n chunks; each reads k chunks, kv (B, n, H, k, m, 2D), with weights w (B, n, k)."""
         if self.sink:
             kv = F.pad(kv, (0, 0, 0, 1))                                       # a key and a value of zeros
-        q = self.q(x).view(B, n, 1, u, H, -1).transpose(3, 4).expand(-1, -1, k, -1, -1, -1)
-        q, kv = (t.flatten(2, 3).flatten(0, 1) for t in (q, kv.type_as(q)))    # (B n, k H, u, D), (B n, k H, m, 2D)
-        o = F.scaled_dot_product_attention(q, *kv.chunk(2, -1)).view(B, n, k, H, u, -1)
-        y = torch.einsum("bnk,bnkhud->bnuhd", w.type_as(o), o)
-        return self.out(y.flatten(3))                                          # (B, n, u, C)
+        q = self.q(x).unflatten(3, (kv.size(2), -1)).transpose(2, 3)           # (B, n, H, u, D)
+        k, v = kv.type_as(q).chunk(2, -1)                                      # (B, n, H, k, m, D) both
+        v = v * w[:, :, None, :, None, None].type_as(v)
+        s = q * q.size(-1) ** -0.5 @ k.flatten(3, 4).mT                        # (B, n, H, u, k m)
+        p = s.unflatten(4, k.shape[3:5]).softmax(-1).type_as(q).flatten(4)
+        return self.out((p @ v.flatten(3, 4)).transpose(2, 3).flatten(3))      # (B, n, u, C)
 
 
 class GCA(GPT):
@@ -195,7 +194,7 @@ class GCA(GPT):
 
     def find(self, ask, first, g, cache):
         """For chunks first, first+1, ... of this call, what their predecessors asked for, ask (B, n, C): keys and
-        values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
+        values of k chunks (B, n, H, k, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
         c, (_, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
         before, i = cache["n"][:, None], torch.arange(first, first + n, device=ask.device)
         t = (before + i - 1)[..., None]                                        # (B, n, 1) who asks
@@ -215,8 +214,9 @@ class GCA(GPT):
         top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1).indices     # (B, n, k)
         picks, real = e.expand_as(s).gather(2, top), seen.gather(2, top)
         w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
-        kv = take(bank.flatten(2), top.to(bank.device)).to(ask.device)
-        return kv.unflatten(3, bank.shape[2:]), w, picks.where(real, -1)
+        rows = top[:, :, None] * c.heads + torch.arange(c.heads, device=top.device)[:, None]     # (B, n, H, k)
+        kv = take(bank.flatten(1, 2).flatten(2), rows.to(bank.device)).unflatten(4, bank.shape[3:]).to(ask.device)
+        return kv, w, picks.where(real, -1)
 
     def write(self, cache, state):
         c, near = self.c, cache["near"]
