@@ -195,13 +195,15 @@ class Attention(gpt.Attention):
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
             masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
 
-        def visible(rows):
-            """Raw, fading and eidetic ones of all rows (B, ., C), for each chunk: (BG, m, H, D)."""
+        def visible(rows, turns=None):
+            """Raw, fading and eidetic ones of all rows (B, ., C), turned, for each chunk: (BG, m, H, D)."""
             parts = [part for first, mask in near for part in here.cut(rows[:, first:], mask.size(-1))]
-            parts += [take(rows, i)] if M else []
-            return torch.cat(parts, 2).unflatten(-1, (c.heads, -1)).flatten(0, 1)
-        k, v = visible(norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)), visible(now["v"])
-        k = rotate(k, here.turns[:k.size(1)])
+            parts = [part.unflatten(-1, (c.heads, -1)) for part in parts + ([take(rows, i)] if M else [])]
+            if turns is not None:
+                parts = map(rotate, parts, turns.split([part.size(2) for part in parts]))
+            return torch.cat([*parts], 2).flatten(0, 1)
+        k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
+        k, v = visible(k, here.turns[:sum(mask.size(-1) for mask in masks)]), visible(now["v"])
         q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         x = attend(q, k, v, torch.cat(masks, -1).flatten(0, 1)[:, None])                 # (BG, H, t, D)

@@ -51,7 +51,8 @@ def gumbel(i, e):
 
 
 class CrossAttention(nn.Module):
-    """Every row attends to each of k chunks by itself, with one softmax a chunk, and w mixes the k answers."""
+    """Every row attends to each of k chunks by itself, with one softmax a chunk, and w mixes the k answers: here their
+    values, so that one product adds them up. Fused attention gives k answers apart, and takes longer on a CPU."""
 
     def __init__(self, c):
         super().__init__()
@@ -65,10 +66,10 @@ class CrossAttention(nn.Module):
             kv = F.pad(kv, (0, 0, 0, 1))                                       # a key and a value of zeros
         q = self.q(x).unflatten(3, (kv.size(2), -1)).transpose(2, 3)           # (B, n, H, u, D)
         k, v = kv.type_as(q).chunk(2, -1)                                      # (B, n, H, k, m, D) both
-        v = v * w[:, :, None, :, None, None].type_as(v)
         s = q * q.size(-1) ** -0.5 @ k.flatten(3, 4).mT                        # (B, n, H, u, k m)
         p = s.unflatten(4, k.shape[3:5]).softmax(-1).type_as(q).flatten(4)
-        return self.out((p @ v.flatten(3, 4)).transpose(2, 3).flatten(3))      # (B, n, u, C)
+        v = (v * w[:, :, None, :, None, None].type_as(v)).flatten(3, 4)        # (B, n, H, k m, D)
+        return self.out((p @ v).transpose(2, 3).flatten(3))                    # (B, n, u, C)
 
 
 class GCA(GPT):

@@ -41,13 +41,12 @@ def retrieved(room, tokens, state=None):
 
 # reading
 
-@pytest.mark.parametrize("m, sink", [(8, False), (8, True), (40, False), (40, True)])
-def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(m, sink):
-    """Also for chunks longer than those for which the kernel is another one on a CPU."""
+@pytest.mark.parametrize("sink", [False, True])
+def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
     room = gca(sink=sink).double()
     cross, (B, n, u, k, H, D) = room.cross[0], (2, 3, 5, 4, 2, 16)
     torch.manual_seed(0)
-    x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, H, k, m, 2 * D).double()
+    x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, H, k, M, 2 * D).double()
     w = torch.rand(B, n, k).double()
     found, inputs = [], [t.requires_grad_() for t in (x, kv, w)]
     for way in ("fast", "loop"):
