@@ -196,7 +196,7 @@ class Attention(gpt.Attention):
             masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
 
         def visible(rows, turns=None):
-            """Raw, fading and eidetic ones of all rows (B, ., C) for each chunk, turned if it is said how: (BG, m, H, D)."""
+            """Raw, fading and eidetic ones of rows (B, ., C), for each chunk and turned: (BG, m, H, D)."""
             parts = [part for first, mask in near for part in here.cut(rows[:, first:], mask.size(-1))]
             parts = [part.unflatten(-1, (c.heads, -1)) for part in parts + ([take(rows, i)] if M else [])]
             if turns is not None:
