@@ -56,7 +56,7 @@ def step(x, a, b, c, h):
 def decays(A):
     """exp of A_i - A_j for j <= i, else 0: what is left at i of what came at j. A (..., n) -> (..., n, n)."""
     later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
-    return (A[..., :, None] + (-A)[..., None, :] + later).exp()     # the gradient of a difference copies
+    return (A[..., :, None] + (-A)[..., None, :]).add_(later).exp_()     # the gradient of a difference copies
 
 
 def scan(x, a, b, c, h, Q=64):
@@ -66,14 +66,14 @@ def scan(x, a, b, c, h, Q=64):
     if T % Q:
         x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)) for v in (x, a, b, c))
     x, a, b, c = (v.unflatten(1, (-1, Q)) for v in (x, a, b, c))
-    x, b, c = x.permute(0, 3, 1, 2, 4), b[:, None], c[:, None]                  # (B, H, K, Q, D), (B, 1, K, Q, N)
+    x, b, c = x.permute(0, 3, 1, 2, 4).contiguous(), b[:, None], c[:, None]     # (B, H, K, Q, D), (B, 1, K, Q, N)
     A = a.permute(0, 3, 1, 2).cumsum(-1)                                        # (B, H, K, Q)
     end = A[..., -1:]
-    new = ((end - A).exp()[..., None] * x).mT @ b                               # (B, H, K, D, N) that a chunk adds
+    new = x.mT @ ((end - A).exp()[..., None] * b)                               # (B, H, K, D, N) that a chunk adds
     h = torch.cat([h[:, :, None], new], 2)                                      # (B, H, 1+K, D, N)
     left = decays(F.pad(end[..., 0], (1, 0)).cumsum(-1))                        # (B, H, 1+K, 1+K)
-    h = torch.einsum("bhij,bhjdn->bhidn", left, h)                              # before each chunk, and at the end
-    y = (c @ b.mT * decays(A)) @ x + A.exp()[..., None] * (c @ h[:, :, :-1].mT) # from the chunk, and from the state
+    h = (left @ h.flatten(3)).view_as(h)                                        # before each chunk, and at the end
+    y = (c @ b.mT * decays(A)) @ x + (A.exp()[..., None] * c) @ h[:, :, :-1].mT # from the chunk, and from the state
     return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], h[:, :, -1]
 
 
@@ -97,7 +97,7 @@ class SSM(nn.Module):
             x, (b, c) = x.unflatten(2, (H, -1)), norm(bc.unflatten(2, (2, N))).unbind(2)     # value, key and query
             dt = F.softplus(dt + self.dt)                                        # (B, T, H)
             y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
-            y = (y + self.skip[:, None] * x).flatten(2).type_as(z)
+            y = torch.addcmul(y, self.skip[:, None], x).flatten(2).type_as(z)
         return self.out(norm(y * F.silu(z))), h
 
 
@@ -137,13 +137,36 @@ class Here:
         text begins later."""
         return mask & (self.start[:, None] + place >= -self.n[:, None, None])[:, :, None]
 
-    def cut(self, x, m):
-        """The first m rows of x (B, ., C) for the first chunk, w rows further for each other: parts of (B, G, m, C)."""
-        w, G = self.c.w, self.G
-        if G == 1:
-            return [x[:, None, :m]]
-        x = x[:, :m + (G - 1) * w].unflatten(1, (-1, w))
-        return [x[:, i:i + G] for i in range(m // w)]
+    def runs(self, first, mask):
+        """What a mask looks at, as runs (first row, rows): those of a chunk end where those of the next begin."""
+        m = mask.size(-1)
+        size = m if self.G == 1 else self.c.w
+        return [(first + i, size) for i in range(0, m, size)]
+
+
+class Gather(torch.autograd.Function):
+    """What each of G chunks sees of the rows x (B, n, C): chunk g the run of `size` rows from first + g size on, for
+    each (first, size) in `runs`, and rows i (B, G, M), if any -> (B, G, m, C). The gradient adds run by run, in place;
+    that of slices would fill a tensor for each of them, that of a lookup goes row by row."""
+
+    @staticmethod
+    def forward(ctx, x, runs, i, G):
+        ctx.save_for_backward(i)
+        ctx.shape, ctx.runs = x.shape, [(slice(first, first + G * size), (G, size)) for first, size in runs]
+        parts = [x[:, rows].unflatten(1, cut) for rows, cut in ctx.runs]
+        return torch.cat(parts if i is None else [*parts, take(x, i)], 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (i,), (B, n, C) = ctx.saved_tensors, ctx.shape
+        *parts, best = grad.split([cut[1] for _, cut in ctx.runs] + [0 if i is None else i.size(2)], 2)
+        out = grad.new_zeros(B, n, C, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for (rows, cut), part in zip(ctx.runs, parts):
+            out[:, rows].unflatten(1, cut).add_(part)
+        if i is not None:
+            at = i.flatten(1) + n * torch.arange(B, device=i.device)[:, None]
+            out.flatten(0, 1).index_add_(0, at.flatten(), best.flatten(0, 2).type_as(out))
+        return out.type_as(grad), None, None, None
 
 
 class Attention(gpt.Attention):
@@ -166,8 +189,8 @@ class Attention(gpt.Attention):
     def surprise(self, y, past, here):
         """The innovation of each token: how far y_t is from the mean of the outputs before it."""
         y, T = torch.cat([past["y"], y.type_as(past["y"])], 1), y.size(1)                # (B, 3+T, C)
-        guess = sum(y[:, i:i + T] for i in range(TAPS - 1)) / (TAPS - 1)
-        eps = (y[:, TAPS - 1:] - guess).norm(dim=-1) + here.bonus                        # (B, T)
+        total = sum((y[:, i:i + T] for i in range(1, TAPS - 1)), y[:, :T])
+        eps = torch.sub(y[:, TAPS - 1:], total, alpha=1 / (TAPS - 1)).norm(dim=-1) + here.bonus      # (B, T)
         return dict(eps=torch.cat([past["eps"], eps], 1), at=torch.cat([past["at"], here.n[:, None] + here.at], 1),
                     y=y[:, T:])
 
@@ -179,31 +202,23 @@ class Attention(gpt.Attention):
     def forward(self, u, y, past, here):
         """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
         c, M, w, G, (B, T, C) = self.c, self.M, self.c.w, here.G, u.shape
-        q, kv = self.qkv(u).split([C, 2 * C], -1)
-        faded = F.linear(y, self.qkv.weight[C:]) if self.fading else kv[:, :0]
+        q, *kv = self.qkv(u).split(C, -1)
+        faded = F.linear(y, self.qkv.weight[C:]).split(C, -1) if self.fading else [x[:, :0] for x in kv]
         n, now = M + c.past + here.P, {}                                                 # rows of tokens so far
-        for name, new, out in zip("kv", kv.split(C, -1), faded.split(C, -1)):
+        for name, new, out in zip("kv", kv, faded):
             old = past[name].type_as(new)
             now[name] = torch.cat([old[:, :n], new, old[:, n:], out], 1)                 # (B, M+w+P+T [+2w+P+T], C)
-        near = [(M + here.first, here.raw)]                                              # first row, and who sees it
+        runs, masks, i = here.runs(M + here.first, here.raw), [here.raw], None
         if self.fading:
-            near += [(n + T + here.first, here.faded)]
-        masks = [mask for _, mask in near]
+            runs, masks = runs + here.runs(n + T + here.first, here.faded), masks + [here.faded]
         if M:
             now.update(self.surprise(y.detach(), past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
             masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
-
-        def visible(rows, turns=None):
-            """Raw, fading and eidetic ones of rows (B, ., C), for each chunk and turned: (BG, m, H, D)."""
-            parts = [part for first, mask in near for part in here.cut(rows[:, first:], mask.size(-1))]
-            parts = [part.unflatten(-1, (c.heads, -1)) for part in parts + ([take(rows, i)] if M else [])]
-            if turns is not None:
-                parts = map(rotate, parts, turns.split([part.size(2) for part in parts]))
-            return torch.cat([*parts], 2).flatten(0, 1)
         k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
-        k, v = visible(k, here.turns[:sum(mask.size(-1) for mask in masks)]), visible(now["v"])
+        k, v = (Gather.apply(x, runs, i, G).view(B * G, -1, c.heads, c.head_dim) for x in (k, now["v"]))
+        k = rotate(k, here.turns[:k.size(1)])
         q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         x = attend(q, k, v, torch.cat(masks, -1).flatten(0, 1)[:, None])                 # (BG, H, t, D)
