@@ -237,6 +237,28 @@ class Attention(gpt.Attention):
         return dict(past, k=take(past["k"], i), v=take(past["v"], i))
 
 
+class Convolve(torch.autograd.Function):
+    """Ties rows (B, 3+T, C) to the three before them, by taps (4, C) for each channel: x_t + sum_i taps_i x_{t-3+i},
+    (B, T, C). As in `Gather` the gradient adds in place."""
+
+    @staticmethod
+    def forward(ctx, line, taps):
+        ctx.save_for_backward(line, taps)
+        x, T = line[:, TAPS - 1:], line.size(1) - TAPS + 1
+        x = torch.addcmul(x, x, taps[-1])
+        for i in range(TAPS - 1):
+            x.addcmul_(line[:, i:i + T], taps[i])
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        line, taps = ctx.saved_tensors
+        out, T = F.pad(grad, (0, 0, TAPS - 1, 0)), grad.size(1)
+        for i, tap in enumerate(taps):
+            out[:, i:i + T].addcmul_(grad, tap)
+        return out, torch.stack([(grad * line[:, i:i + T]).sum((0, 1)) for i in range(TAPS)])
+
+
 class Layer(nn.Module):
     """A block of the size of GPT's: what the state space takes, the MLP gives."""
 
@@ -259,10 +281,8 @@ class Layer(nn.Module):
     def forward(self, x, past, here):
         u, y, now = norm(x), None, {}
         if self.c.conv:
-            T, line = u.size(1), torch.cat([past["u"].type_as(u), u], 1)                 # (B, 3+T, C)
-            now["u"] = line[:, T:]
-            for i, tap in enumerate(self.taps):
-                u = torch.addcmul(u, tap, line[:, i:i + T])
+            line = torch.cat([past["u"].type_as(u), u], 1)                               # (B, 3+T, C)
+            u, now["u"] = Convolve.apply(line, self.taps), line[:, u.size(1):]
         if self.ssm:
             y, now["h"] = self.ssm(u, past["h"])
         if self.attention:

@@ -10,7 +10,7 @@ import train
 from nanomem import bmojo, data, stream
 from nanomem.bmojo import Config, Here, scan, step
 from nanomem.cli import UserError
-from nanomem.gpt import norm, rotate
+from nanomem.gpt import norm, rotate, take
 
 from conftest import TINY, tiny
 from test_room import S, close, text, walk
@@ -299,6 +299,24 @@ def test_without_fading_tokens_the_past_is_read_through_eidetic_rows_alone():
 
 
 # gradients
+
+@pytest.mark.parametrize("G, runs", [(3, [(1, 4), (5, 4), (2, 4)]), (1, [(0, 7), (3, 2)])], ids=["chunks", "one chunk"])
+def test_gradients_that_add_in_place_are_those_of_the_maps(G, runs):
+    """Rows that several chunks see, that are seen twice by one, and that none sees."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 20, 3, generator=g, dtype=torch.double, requires_grad=True)
+    i = torch.randint(20, (2, G, 5), generator=g)
+    seen = lambda x: torch.stack([x[:, [r for first, m in runs for r in range(first + h * m, first + h * m + m)]]
+                                  for h in range(G)], 1)
+    assert torch.equal(bmojo.Gather.apply(x, runs, None, G), seen(x))
+    assert torch.equal(bmojo.Gather.apply(x, runs, i, G), torch.cat([seen(x), take(x, i)], 2))
+    assert torch.autograd.gradcheck(lambda x: bmojo.Gather.apply(x, runs, i, G), x)
+    assert torch.autograd.gradcheck(lambda x: bmojo.Gather.apply(x, runs, None, G), x)
+    taps = torch.randn(4, 3, generator=g, dtype=torch.double, requires_grad=True)
+    y = bmojo.Convolve.apply(x, taps)
+    assert torch.allclose(y[:, 5], x[:, 8] + (taps * x[:, 5:9]).sum(1))
+    assert torch.autograd.gradcheck(bmojo.Convolve.apply, (x, taps))
+
 
 def grads(room, tokens, lo, hi):
     """Which parts of the room get a gradient from a loss on the logits lo..hi."""
