@@ -199,11 +199,17 @@ class Attention(gpt.Attention):
         late = torch.arange(eps.size(1), device=eps.device) >= before[:, None]           # (G, .)
         return eps[:, None].masked_fill(late, -1).topk(self.M, -1)                       # (B, G, M) both
 
+    def normed(self, x):
+        """Queries, if any, keys and values side by side (B, T, nC) -> n tensors (B, T, C), with norm but the last."""
+        C = self.c.width
+        qk, v = x.split([x.size(-1) - C, C], -1)
+        return [*norm(qk.unflatten(-1, (-1, self.c.head_dim))).flatten(2).split(C, -1), v]
+
     def forward(self, u, y, past, here):
         """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
         c, M, w, G, (B, T, C) = self.c, self.M, self.c.w, here.G, u.shape
-        q, *kv = self.qkv(u).split(C, -1)
-        faded = F.linear(y, self.qkv.weight[C:]).split(C, -1) if self.fading else [x[:, :0] for x in kv]
+        q, *kv = self.normed(self.qkv(u))
+        faded = self.normed(F.linear(y, self.qkv.weight[C:])) if self.fading else [x[:, :0] for x in kv]
         n, now = M + c.past + here.P, {}                                                 # rows of tokens so far
         for name, new, out in zip("kv", kv, faded):
             old = past[name].type_as(new)
@@ -216,10 +222,9 @@ class Attention(gpt.Attention):
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
             masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
-        k = norm(now["k"].unflatten(-1, (c.heads, -1))).flatten(2)
-        k, v = (Gather.apply(x, runs, i, G).view(B * G, -1, c.heads, c.head_dim) for x in (k, now["v"]))
+        k, v = (Gather.apply(now[x], runs, i, G).view(B * G, -1, c.heads, c.head_dim) for x in "kv")
         k = rotate(k, here.turns[:k.size(1)])
-        q = rotate(norm(q.view(B * G, -1, c.heads, c.head_dim)), here.turn)
+        q = rotate(q.reshape(B * G, -1, c.heads, c.head_dim), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         x = attend(q, k, v, torch.cat(masks, -1).flatten(0, 1)[:, None])                 # (BG, H, t, D)
         return self.out(x.transpose(1, 2).reshape(B, T, C)), now
@@ -299,8 +304,8 @@ class BMojo(GPT):
 
     state    n (B,) tokens read   and of each layer l, as far as it has them:
              l.u (B, 3, C) reach of the convolution   l.h (B, H, D, N) state space   l.y (B, 3, C) its last outputs
-             l.k, l.v (B, M+w+2w, C) keys, before norm and turn, and values: of M eidetic tokens, of the last w, and of
-             the last 2w outputs   l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place, of tokens
+             l.k, l.v (B, M+w+2w, C) keys, with norm but not turned, and values: of M eidetic tokens, of the last w, and
+             of the last 2w outputs   l.eps, l.at (B, M+w) innovation (-1: not eidetic) and place, of tokens
     read     one softmax over the raw tokens of age 0 to w, the outputs of age w to 2w, the eidetic tokens beyond w
     write    the M largest innovations of those kept and those of the segment: the running maximum of algorithm 1
     paper    B'MOJO 2407.06324, section 3 and algorithm 1; chunks as in appendix B.2; state space of Mamba-2 2405.21060
