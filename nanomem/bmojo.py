@@ -187,7 +187,7 @@ class Attention(gpt.Attention):
         return past
 
     def surprise(self, y, past, here):
-        """The innovation of each token: how far y_t is from the mean of the outputs before it."""
+        """The innovation of each token (algorithm 1, eps_t): how far y_t is from the mean of the outputs before it."""
         y, T = torch.cat([past["y"], y.type_as(past["y"])], 1), y.size(1)                # (B, 3+T, C)
         total = sum((y[:, i:i + T] for i in range(1, TAPS - 1)), y[:, :T])
         eps = torch.sub(y[:, TAPS - 1:], total, alpha=1 / (TAPS - 1)).norm(dim=-1) + here.bonus      # (B, T)
@@ -195,7 +195,7 @@ class Attention(gpt.Attention):
                     y=y[:, T:])
 
     def best(self, eps, before):
-        """The M largest of the first before (G,) of eps (B, .), -1 where there are fewer, and their indices."""
+        """M_t of algorithm 1: the M largest of the first before (G,) of eps (B, .), -1 if fewer came, and indices."""
         late = torch.arange(eps.size(1), device=eps.device) >= before[:, None]           # (G, .)
         return eps[:, None].masked_fill(late, -1).topk(self.M, -1)                       # (B, G, M) both
 
@@ -206,7 +206,8 @@ class Attention(gpt.Attention):
         return [*norm(qk.unflatten(-1, (-1, self.c.head_dim))).flatten(2).split(C, -1), v]
 
     def forward(self, u, y, past, here):
-        """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), next past."""
+        """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), o_t of
+        algorithm 1, and the next past."""
         c, M, w, G, (B, T, C) = self.c, self.M, self.c.w, here.G, u.shape
         q, *kv = self.normed(self.qkv(u))
         faded = self.normed(F.linear(y, self.qkv.weight[C:])) if self.fading else [x[:, :0] for x in kv]
