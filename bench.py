@@ -540,16 +540,16 @@ class LiveBytes(TorchDispatchMode):
 
 def scan_over_loop(T=2048, H=4, D=32):
     """How many times as fast B'MOJO's scan of T tokens is, forward and backward, as a loop over its one-token step."""
-    x, a, b, c, h = torch.randn(1, T, H, D), -torch.rand(1, T, H), *torch.randn(2, 1, T, D), torch.zeros(1, H, D, D)
-    a.requires_grad_()
+    x, a, dt, b, c = torch.randn(1, T, H, D), -torch.rand(1, T, H), torch.rand(1, T, H), *torch.randn(2, 1, T, D)
+    tokens, skip, h = [v.requires_grad_() for v in (x, dt, a, b, c)], torch.ones(H), torch.zeros(1, H, D, D)
 
     def loop(h):
         y = []
-        for i in range(T):
-            out, h = bmojo.step(x[:, i:i + 1], a[:, i:i + 1], b[:, i:i + 1], c[:, i:i + 1], h)
+        for token in zip(*(v.split(1, 1) for v in tokens)):
+            out, h = bmojo.step(*token, skip, h)
             y.append(out)
         return torch.cat(y, 1)
-    fast, slow = seconds(torch.device("cpu"), lambda: bmojo.scan(x, a, b, c, h)[0].sum().backward(),
+    fast, slow = seconds(torch.device("cpu"), lambda: bmojo.scan(*tokens, skip, h)[0].sum().backward(),
                          lambda: loop(h).sum().backward(), rounds=3)
     return np.median(slow / fast)
 

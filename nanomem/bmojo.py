@@ -45,36 +45,74 @@ class Config(gpt.Config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The state space: h_t = exp(a_t) h_{t-1} + x_t (x) b_t and y_t = h_t c_t, with one decay a_t <= 0 for each head
+# The state space: h_t = exp(a_t) h_{t-1} + dt_t x_t (x) b_t and y_t = h_t c_t + skip x_t, with a decay a_t <= 0 and a
+# step dt_t >= 0 for each head
 
-def step(x, a, b, c, h):
-    """One token: x (B, 1, H, D), a (B, 1, H), b and c (B, 1, N), h (B, H, D, N) -> y (B, 1, H, D) and the next h."""
-    h = a[:, 0, :, None, None].exp() * h + x[:, 0, :, :, None] * b[:, 0, None, None]
-    return torch.einsum("bhdn,bn->bhd", h, c[:, 0])[:, None], h
-
-
-def decays(A):
-    """exp of A_i - A_j for j <= i, else 0: what is left at i of what came at j. A (..., n) -> (..., n, n)."""
-    later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
-    return (A[..., :, None] + (-A)[..., None, :]).add_(later).exp_()     # the gradient of a difference copies
+def step(x, dt, a, b, c, skip, h):
+    """One token: x (B, 1, H, D), dt and a (B, 1, H), b and c (B, 1, N), skip (H,), h (B, H, D, N) -> y (B, 1, H, D) and
+    the next h."""
+    h = a[:, 0, :, None, None].exp() * h + (dt[..., None] * x)[:, 0, :, :, None] * b[:, 0, None, None]
+    return torch.einsum("bhdn,bn->bhd", h, c[:, 0])[:, None] + skip[:, None] * x, h
 
 
-def scan(x, a, b, c, h, Q=64):
-    """`step` for T tokens at once, in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside
-    each of K chunks of Q tokens, and all their states from what each of them adds."""
-    T, Q = x.size(1), min(Q, x.size(1))
+def scan(x, dt, a, b, c, skip, h, Q=0):
+    """`step` for T tokens at once, in K chunks of Q tokens; 0: as many as a head is wide, where the two parts of `Scan`
+    take about the same time."""
+    T, Q = x.size(1), min(Q or x.size(3), x.size(1))
     if T % Q:
-        x, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)) for v in (x, a, b, c))
-    x, a, b, c = (v.unflatten(1, (-1, Q)) for v in (x, a, b, c))
-    x, b, c = x.permute(0, 3, 1, 2, 4).contiguous(), b[:, None], c[:, None]     # (B, H, K, Q, D), (B, 1, K, Q, N)
-    A = a.permute(0, 3, 1, 2).cumsum(-1)                                        # (B, H, K, Q)
-    end = A[..., -1:]
-    new = x.mT @ ((end - A).exp()[..., None] * b)                               # (B, H, K, D, N) that a chunk adds
-    h = torch.cat([h[:, :, None], new], 2)                                      # (B, H, 1+K, D, N)
-    left = decays(F.pad(end[..., 0], (1, 0)).cumsum(-1))                        # (B, H, 1+K, 1+K)
-    h = (left @ h.flatten(3)).view_as(h)                                        # before each chunk, and at the end
-    y = (c @ b.mT * decays(A)) @ x + (A.exp()[..., None] * c) @ h[:, :, :-1].mT # from the chunk, and from the state
-    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], h[:, :, -1]
+        x, dt, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)) for v in (x, dt, a, b, c))
+    x, dt, a, b, c = (v.unflatten(1, (-1, Q)) for v in (x, dt, a, b, c))
+    y, h = Scan.apply(*(v.movedim(3, 1) for v in (x, dt, a)), b[:, None], c[:, None], skip, h)
+    return y.movedim(1, 3).flatten(1, 2)[:, :T], h
+
+
+def decays(A, since):
+    """exp of A_i - since_j for j <= i, else 0: what is left at i of what came at j. Both (..., n) -> (..., n, n)."""
+    later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
+    return (A[..., :, None] - since[..., None, :]).add_(later).exp_()
+
+
+class Scan(torch.autograd.Function):
+    """The chunks in matrix products only (Mamba-2 2405.21060, section 6): a masked attention inside of each, and the
+    states before all of them from what each adds. x (B, H, K, Q, D), dt and a (B, H, K, Q), b and c (B, 1, K, Q, N),
+    skip (H,), h (B, H, D, N) -> y (B, H, K, Q, D) and the last h. The gradient of the decays needs no (Q, Q): their sum
+    A_i up to i stands in y_i as the factor exp(A_i), and in what x_i adds to any y or h as exp(-A_i), so that dA_i is
+    y_i dy_i - x_i dx_i, in which the skip cancels."""
+
+    @staticmethod
+    def forward(ctx, x, dt, a, b, c, skip, h):
+        x, A = x.contiguous(), a.cumsum(-1)                                     # A (B, H, K, Q)
+        into, out = (dt * (A[..., -1:] - A).exp())[..., None], A.exp()[..., None]
+        write, read = into * b, out * c                                         # (B, H, K, Q, N)
+        end = F.pad(A[..., -1], (1, 0)).cumsum(-1)
+        left = decays(end, end)                                                 # (B, H, 1+K, 1+K)
+        h = torch.cat([h[:, :, None], x.mT @ write], 2)                         # (B, H, 1+K, D, N) that a chunk adds
+        h = (left @ h.flatten(3)).view_as(h)                                    # before each chunk, and at the end
+        mask = decays(A, A - dt.log())                                          # (B, H, K, Q, Q)
+        att = c @ b.mT * mask
+        att.diagonal(dim1=-2, dim2=-1).add_(skip[:, None, None])
+        y = att @ x
+        y += read @ h[:, :, :-1].mT                                             # from the chunk, and from the state
+        ctx.save_for_backward(x, dt, b, c, skip, into, out, write, read, left, h, mask, att, y)
+        return y, h[:, :, -1]
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        x, dt, b, c, skip, into, out, write, read, left, h, mask, att, y = ctx.saved_tensors
+        dy = dy.contiguous()
+        dnew = torch.cat([dy.mT @ read, dh[:, :, None]], 2)
+        dnew = (left.mT @ dnew.flatten(3)).view_as(dnew)                        # of h_0, and of what each chunk adds
+        dx = att.mT @ dy
+        dx += write @ dnew[:, :, 1:].mT
+        dcb = (dy @ x.mT).mul_(mask).sum(1, keepdim=True)                       # of c @ b.mT (B, 1, K, Q, Q)
+        db = dcb.mT @ c + (x @ dnew[:, :, 1:]).mul_(into).sum(1, keepdim=True)
+        dc = dcb @ b + (dy @ h[:, :, :-1]).mul_(out).sum(1, keepdim=True)
+        ydy, xdx, xdy = (torch.linalg.vecdot(*v) for v in ((y, dy), (x, dx), (x, dy)))       # (B, H, K, Q)
+        dA = ydy - xdx
+        dA[:, :, -1, -1] += (h[:, :, -1] * dh).sum((-2, -1))                    # the last h is read like a y
+        da = dA.flatten(2).flip(2).cumsum(2).flip(2).view_as(dt)                # A_i, over all chunks, holds a up to i
+        ddt = (xdx - skip[:, None, None] * xdy) / dt.clamp(min=torch.finfo(dt.dtype).tiny)
+        return dx, ddt, da, db, dc, xdy.sum((0, 2, 3)), dnew[:, :, 0]
 
 
 class SSM(nn.Module):
@@ -96,9 +134,8 @@ class SSM(nn.Module):
             x, bc, dt = (v.type_as(self.A) for v in (x, bc, dt))
             x, (b, c) = x.unflatten(2, (H, -1)), norm(bc.unflatten(2, (2, N))).unbind(2)     # value, key and query
             dt = F.softplus(dt + self.dt)                                        # (B, T, H)
-            y, h = (step if u.size(1) == 1 else scan)(dt[..., None] * x, -dt * self.A.exp(), b, c, h)
-            y = torch.addcmul(y, self.skip[:, None], x).flatten(2).type_as(z)
-        return self.out(norm(y * F.silu(z))), h
+            y, h = (step if u.size(1) == 1 else scan)(x, dt, -dt * self.A.exp(), b, c, self.skip, h)
+        return self.out(norm(y.flatten(2).type_as(z) * F.silu(z))), h
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,8 +166,8 @@ class Here:
             self.bonus = 1e6 * ((tokens >= lo) & (tokens < hi))
 
     def angles(self, place):
-        """What turns rows (B, m, H, D) that stand at places (m,) of their chunk."""
-        return angles(place * self.c.rope, self.c.head_dim)[:, None]
+        """What turns rows (B, m, H, D) that stand at places (m,) of their chunk; one for each head, which is faster."""
+        return angles(place * self.c.rope, self.c.head_dim)[:, None].repeat(1, self.c.heads, 1, 1)
 
     def seen(self, place, mask):
         """Which tokens (B, G, t, m) see what stands at places (m,) of their chunk: those of the mask (t, m), unless the
@@ -163,9 +200,9 @@ class Gather(torch.autograd.Function):
         out = grad.new_zeros(B, n, C, dtype=torch.promote_types(grad.dtype, torch.float32))
         for (rows, cut), part in zip(ctx.runs, parts):
             out[:, rows].unflatten(1, cut).add_(part)
-        if i is not None:
+        if i is not None:                                  # index_add_ would be as fast, but number by number compiled
             at = i.flatten(1) + n * torch.arange(B, device=i.device)[:, None]
-            out.flatten(0, 1).index_add_(0, at.flatten(), best.flatten(0, 2).type_as(out))
+            out.flatten(0, 1).scatter_add_(0, at.view(-1, 1).expand(-1, C), best.flatten(0, 2).type_as(out))
         return out.type_as(grad), None, None, None
 
 
@@ -201,9 +238,8 @@ class Attention(gpt.Attention):
 
     def normed(self, x):
         """Queries, if any, keys and values side by side (B, T, nC) -> n tensors (B, T, C), with norm but the last."""
-        C = self.c.width
-        qk, v = x.split([x.size(-1) - C, C], -1)
-        return [*norm(qk.unflatten(-1, (-1, self.c.head_dim))).flatten(2).split(C, -1), v]
+        *qk, v = x.split(self.c.width, -1)
+        return [*(norm(x.unflatten(-1, (-1, self.c.head_dim))).flatten(2) for x in qk), v]
 
     def forward(self, u, y, past, here):
         """What the block reads, u, and what its state space makes of it, y, (B, T, C) both -> (B, T, C), o_t of

@@ -35,51 +35,59 @@ def series(T, B=2, H=3, D=4, N=5, wild=2, dtype=torch.double):
     """Inputs of a state space, forgetting slowly and at once, and a state to begin with."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
-    return draw(B, T, H, D), -draw(B, T, H).mul(wild).exp(), draw(B, T, N), draw(B, T, N), draw(B, H, D, N)
+    return (draw(B, T, H, D), draw(B, T, H).exp(), -draw(B, T, H).mul(wild).exp(), draw(B, T, N), draw(B, T, N),
+            draw(H), draw(B, H, D, N))
 
 
-def loop(x, a, b, c, h):
-    """The definition: h_t = exp(a_t) h_{t-1} + x_t (x) b_t, y_t = h_t c_t."""
+def loop(x, dt, a, b, c, skip, h):
+    """The definition: h_t = exp(a_t) h_{t-1} + dt_t x_t (x) b_t, y_t = h_t c_t + skip x_t."""
     ys = []
-    for x, a, b, c in zip(*(v.unbind(1) for v in (x, a, b, c))):
-        h = a.exp()[..., None, None] * h + x[..., None] * b[:, None, None]
-        ys.append((h * c[:, None, None]).sum(-1))
+    for x, dt, a, b, c in zip(*(v.unbind(1) for v in (x, dt, a, b, c))):
+        h = a.exp()[..., None, None] * h + (dt[..., None] * x)[..., None] * b[:, None, None]
+        ys.append((h * c[:, None, None]).sum(-1) + skip[:, None] * x)
     return torch.stack(ys, 1), h
 
 
 @pytest.mark.parametrize("T", [1, 7, 64, 150])
 def test_the_loop_the_steps_and_the_scan_are_one_map(T):
-    *xs, h = series(T)
-    y, end = loop(*xs, h)
-    for Q in (1, 5, 16, 64):
-        fast, last = scan(*xs, h, Q)
+    *xs, skip, h = series(T)
+    y, end = loop(*xs, skip, h)
+    for Q in (0, 1, 5, 16, 64):
+        fast, last = scan(*xs, skip, h, Q)
         assert torch.allclose(fast, y, rtol=0, atol=1e-10) and torch.allclose(last, end, rtol=0, atol=1e-10)
     ys = []
     for token in zip(*(v.split(1, 1) for v in xs)):
-        y1, h = step(*token, h)
+        y1, h = step(*token, skip, h)
         ys.append(y1)
     assert torch.allclose(torch.cat(ys, 1), y, rtol=0, atol=1e-10) and torch.allclose(h, end, rtol=0, atol=1e-10)
 
 
 def test_the_scan_can_be_cut_anywhere_and_carry_its_state():
-    *xs, h = series(100)
-    whole, end = scan(*xs, h)
+    *xs, skip, h = series(100)
+    whole, end = scan(*xs, skip, h)
     for cut in (1, 33, 64, 99):
         one, two = ([v[:, :cut] for v in xs], [v[:, cut:] for v in xs])
-        y, middle = scan(*one, h)
-        y2, last = scan(*two, middle)
+        y, middle = scan(*one, skip, h)
+        y2, last = scan(*two, skip, middle)
         assert torch.allclose(torch.cat([y, y2], 1), whole, atol=1e-10) and torch.allclose(last, end, atol=1e-10)
 
 
 def test_the_scan_has_the_gradients_of_the_loop_in_single_precision_too():
     for dtype, tolerance in ((torch.double, 1e-10), (torch.float, 1e-5)):
         grads = []
-        for f in (loop, scan):
+        for f in (loop, scan, lambda *xs: scan(*xs, Q=16)):
             xs = [v.requires_grad_() for v in series(90, wild=1, dtype=dtype)]
             y, h = f(*xs)
             (y.square().sum() + h.square().sum()).backward()
             grads.append([v.grad for v in xs])
-        assert all((a - b).norm() <= tolerance * a.norm() for a, b in zip(*grads))
+        assert all((a - b).norm() <= tolerance * a.norm() for more in grads[1:] for a, b in zip(grads[0], more))
+
+
+def test_a_token_that_writes_nothing_leaves_no_nan():
+    x, dt, *more = (v.requires_grad_() for v in series(20, dtype=torch.float))
+    y, _ = scan(x, dt * (torch.arange(20) != 5)[:, None], *more)
+    y.sum().backward()
+    assert all(v.grad.isfinite().all() for v in (x, dt, *more))
 
 
 def test_attention_is_a_companion_matrix_that_forgets_and_a_state_space_one_that_fades():
