@@ -55,10 +55,9 @@ def step(x, dt, a, b, c, skip, h):
     return torch.einsum("bhdn,bn->bhd", h, c[:, 0])[:, None] + skip[:, None] * x, h
 
 
-def scan(x, dt, a, b, c, skip, h, Q=0):
-    """`step` for T tokens at once, in K chunks of Q tokens; 0: as many as a head is wide, where the two parts of `Scan`
-    take about the same time."""
-    T, Q = x.size(1), min(Q or x.size(3), x.size(1))
+def scan(x, dt, a, b, c, skip, h, Q=64):
+    """`step` for T tokens at once, in K chunks of Q tokens."""
+    T, Q = x.size(1), min(Q, x.size(1))
     if T % Q:
         x, dt, a, b, c = (F.pad(v, (0, 0) * (v.ndim - 2) + (0, -T % Q)) for v in (x, dt, a, b, c))
     x, dt, a, b, c = (v.unflatten(1, (-1, Q)) for v in (x, dt, a, b, c))
@@ -68,8 +67,7 @@ def scan(x, dt, a, b, c, skip, h, Q=0):
 
 def decays(A, since):
     """exp of A_i - since_j for j <= i, else 0: what is left at i of what came at j. Both (..., n) -> (..., n, n)."""
-    later = A.new_full((A.size(-1), A.size(-1)), -math.inf).triu(1)
-    return (A[..., :, None] - since[..., None, :]).add_(later).exp_()
+    return (A[..., :, None] - since[..., None, :]).tril_().exp_().tril_()       # on a CPU exp(-inf) is slow
 
 
 class Scan(torch.autograd.Function):
@@ -80,39 +78,41 @@ class Scan(torch.autograd.Function):
     y_i dy_i - x_i dx_i, in which the skip cancels."""
 
     @staticmethod
-    def forward(ctx, x, dt, a, b, c, skip, h):
+    def forward(ctx, x, dt, a, b, c, skip, h0):
         x, A = x.contiguous(), a.cumsum(-1)                                     # A (B, H, K, Q)
         into, out = (dt * (A[..., -1:] - A).exp())[..., None], A.exp()[..., None]
         write, read = into * b, out * c                                         # (B, H, K, Q, N)
         end = F.pad(A[..., -1], (1, 0)).cumsum(-1)
         left = decays(end, end)                                                 # (B, H, 1+K, 1+K)
-        h = torch.cat([h[:, :, None], x.mT @ write], 2)                         # (B, H, 1+K, D, N) that a chunk adds
-        h = (left @ h.flatten(3)).view_as(h)                                    # before each chunk, and at the end
+        new = torch.cat([h0[:, :, None], x.mT @ write], 2).flatten(3)           # (B, H, 1+K, DN) that comes into h
+        h, last = (part @ new for part in left.split([A.size(2), 1], 2))        # before each chunk, and at the end
+        h, last = h.unflatten(3, (-1, b.size(-1))), last.view_as(h0)
         mask = decays(A, A - dt.log())                                          # (B, H, K, Q, Q)
         att = c @ b.mT * mask
         att.diagonal(dim1=-2, dim2=-1).add_(skip[:, None, None])
         y = att @ x
-        y += read @ h[:, :, :-1].mT                                             # from the chunk, and from the state
-        ctx.save_for_backward(x, dt, b, c, skip, into, out, write, read, left, h, mask, att, y)
-        return y, h[:, :, -1]
+        y += read @ h.mT                                                        # from the chunk, and from the state
+        ctx.save_for_backward(x, dt, b, c, skip, into, out, write, read, left, h, last, mask, att, y)
+        return y, last
 
     @staticmethod
-    def backward(ctx, dy, dh):
-        x, dt, b, c, skip, into, out, write, read, left, h, mask, att, y = ctx.saved_tensors
+    def backward(ctx, dy, dlast):
+        x, dt, b, c, skip, into, out, write, read, left, h, last, mask, att, y = ctx.saved_tensors
         dy = dy.contiguous()
-        dnew = torch.cat([dy.mT @ read, dh[:, :, None]], 2)
-        dnew = (left.mT @ dnew.flatten(3)).view_as(dnew)                        # of h_0, and of what each chunk adds
+        dh = torch.cat([dy.mT @ read, dlast[:, :, None]], 2).flatten(3)         # (B, H, K+1, DN)
+        dh0, dnew = (part @ dh for part in left.mT.contiguous().split([1, h.size(2)], 2))
+        dh0, dnew = dh0.view_as(last), dnew.view_as(h)
         dx = att.mT @ dy
-        dx += write @ dnew[:, :, 1:].mT
+        dx += write @ dnew.mT
         dcb = (dy @ x.mT).mul_(mask).sum(1, keepdim=True)                       # of c @ b.mT (B, 1, K, Q, Q)
-        db = dcb.mT @ c + (x @ dnew[:, :, 1:]).mul_(into).sum(1, keepdim=True)
-        dc = dcb @ b + (dy @ h[:, :, :-1]).mul_(out).sum(1, keepdim=True)
+        db = dcb.mT @ c + (x @ dnew).mul_(into).sum(1, keepdim=True)
+        dc = dcb @ b + (dy @ h).mul_(out).sum(1, keepdim=True)
         ydy, xdx, xdy = (torch.linalg.vecdot(*v) for v in ((y, dy), (x, dx), (x, dy)))       # (B, H, K, Q)
         dA = ydy - xdx
-        dA[:, :, -1, -1] += (h[:, :, -1] * dh).sum((-2, -1))                    # the last h is read like a y
+        dA[:, :, -1, -1] += (last * dlast).sum((-2, -1))                        # the last h is read like a y
         da = dA.flatten(2).flip(2).cumsum(2).flip(2).view_as(dt)                # A_i, over all chunks, holds a up to i
         ddt = (xdx - skip[:, None, None] * xdy) / dt.clamp(min=torch.finfo(dt.dtype).tiny)
-        return dx, ddt, da, db, dc, xdy.sum((0, 2, 3)), dnew[:, :, 0]
+        return dx, ddt, da, db, dc, xdy.sum((0, 2, 3)), dh0
 
 
 class SSM(nn.Module):
@@ -182,28 +182,32 @@ class Here:
 
 
 class Gather(torch.autograd.Function):
-    """What each of G chunks sees of the rows x (B, n, C): chunk g the run of `size` rows from first + g size on, for
-    each (first, size) in `runs`, and rows i (B, G, M), if any -> (B, G, m, C). The gradient adds run by run, in place;
-    that of slices would fill a tensor for each of them, that of a lookup goes row by row."""
+    """What each of G chunks sees of keys and values, rows of k and v (B, n, C): chunk g the run of `size` rows from
+    first + g size on, for each (first, size) in `runs`, and rows i (B, G, M), if any -> two (B, G, m, C). The gradient
+    adds run by run, in place; that of slices would fill a tensor for each of them, that of a lookup goes row by row."""
 
     @staticmethod
-    def forward(ctx, x, runs, i, G):
+    def forward(ctx, k, v, runs, i, G):
         ctx.save_for_backward(i)
-        ctx.shape, ctx.runs = x.shape, [(slice(first, first + G * size), (G, size)) for first, size in runs]
-        parts = [x[:, rows].unflatten(1, cut) for rows, cut in ctx.runs]
-        return torch.cat(parts if i is None else [*parts, take(x, i)], 2)
+        ctx.runs, ctx.shape = runs, k.shape
+        rows = [torch.arange(first, first + G * size, device=k.device).view(G, size) for first, size in runs]
+        rows = torch.cat(rows, 1).expand(len(k), -1, -1)                        # (B, G, .)
+        rows = rows if i is None else torch.cat([rows, i], 2)
+        return take(k, rows), take(v, rows)
 
     @staticmethod
-    def backward(ctx, grad):
-        (i,), (B, n, C) = ctx.saved_tensors, ctx.shape
-        *parts, best = grad.split([cut[1] for _, cut in ctx.runs] + [0 if i is None else i.size(2)], 2)
-        out = grad.new_zeros(B, n, C, dtype=torch.promote_types(grad.dtype, torch.float32))
-        for (rows, cut), part in zip(ctx.runs, parts):
-            out[:, rows].unflatten(1, cut).add_(part)
-        if i is not None:                                  # index_add_ would be as fast, but number by number compiled
-            at = i.flatten(1) + n * torch.arange(B, device=i.device)[:, None]
-            out.flatten(0, 1).scatter_add_(0, at.view(-1, 1).expand(-1, C), best.flatten(0, 2).type_as(out))
-        return out.type_as(grad), None, None, None
+    def backward(ctx, *grads):
+        (i,), (B, n, C), G, outs = ctx.saved_tensors, ctx.shape, grads[0].size(1), []
+        for grad in grads:
+            *parts, best = grad.split([size for _, size in ctx.runs] + [0 if i is None else i.size(2)], 2)
+            out = grad.new_zeros(B, n, C, dtype=torch.promote_types(grad.dtype, torch.float32))
+            for (first, size), part in zip(ctx.runs, parts):
+                out[:, first:first + G * size].unflatten(1, (G, size)).add_(part)
+            if i is not None:                              # index_add_ would be as fast, but number by number compiled
+                at = i.flatten(1) + n * torch.arange(B, device=i.device)[:, None]
+                out.flatten(0, 1).scatter_add_(0, at.view(-1, 1).expand(-1, C), best.flatten(0, 2).type_as(out))
+            outs.append(out.type_as(grad))
+        return *outs, None, None, None
 
 
 class Attention(gpt.Attention):
@@ -226,8 +230,10 @@ class Attention(gpt.Attention):
     def surprise(self, y, past, here):
         """The innovation of each token (algorithm 1, eps_t): how far y_t is from the mean of the outputs before it."""
         y, T = torch.cat([past["y"], y.type_as(past["y"])], 1), y.size(1)                # (B, 3+T, C)
-        total = sum((y[:, i:i + T] for i in range(1, TAPS - 1)), y[:, :T])
-        eps = torch.sub(y[:, TAPS - 1:], total, alpha=1 / (TAPS - 1)).norm(dim=-1) + here.bonus      # (B, T)
+        gap = torch.sub(y[:, TAPS - 1:], y[:, :T], alpha=1 / (TAPS - 1))
+        for i in range(1, TAPS - 1):
+            gap.sub_(y[:, i:i + T], alpha=1 / (TAPS - 1))
+        eps = gap.norm(dim=-1) + here.bonus                                              # (B, T)
         return dict(eps=torch.cat([past["eps"], eps], 1), at=torch.cat([past["at"], here.n[:, None] + here.at], 1),
                     y=y[:, T:])
 
@@ -258,8 +264,8 @@ class Attention(gpt.Attention):
             now.update(self.surprise(y.detach(), past, here))
             eps, i = self.best(now["eps"], M + c.past + here.start)                      # (B, G, M)
             age = here.n[:, None, None] + here.start[:, None] - now["at"].gather(1, i.flatten(1)).view_as(i)
-            masks += [(here.j + age[:, :, None] >= w) & (eps >= 0)[:, :, None]]          # far enough: (B, G, t, M)
-        k, v = (Gather.apply(now[x], runs, i, G).view(B * G, -1, c.heads, c.head_dim) for x in "kv")
+            masks += [age.where(eps >= 0, 0)[:, :, None] >= w - here.j]                  # far enough: (B, G, t, M)
+        k, v = (x.view(B * G, -1, c.heads, c.head_dim) for x in Gather.apply(now["k"], now["v"], runs, i, G))
         k = rotate(k, here.turns[:k.size(1)])
         q = rotate(q.reshape(B * G, -1, c.heads, c.head_dim), here.turn)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -298,7 +304,7 @@ class Convolve(torch.autograd.Function):
         out, T = F.pad(grad, (0, 0, TAPS - 1, 0)), grad.size(1)
         for i, tap in enumerate(taps):
             out[:, i:i + T].addcmul_(grad, tap)
-        return out, torch.stack([(grad * line[:, i:i + T]).sum((0, 1)) for i in range(TAPS)])
+        return out, torch.stack([(grad * line[:, i:i + T]).sum(1).sum(0) for i in range(TAPS)])
 
 
 class Layer(nn.Module):

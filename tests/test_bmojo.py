@@ -52,7 +52,7 @@ def loop(x, dt, a, b, c, skip, h):
 def test_the_loop_the_steps_and_the_scan_are_one_map(T):
     *xs, skip, h = series(T)
     y, end = loop(*xs, skip, h)
-    for Q in (0, 1, 5, 16, 64):
+    for Q in (1, 5, 16, 64):
         fast, last = scan(*xs, skip, h, Q)
         assert torch.allclose(fast, y, rtol=0, atol=1e-10) and torch.allclose(last, end, rtol=0, atol=1e-10)
     ys = []
@@ -312,14 +312,14 @@ def test_without_fading_tokens_the_past_is_read_through_eidetic_rows_alone():
 def test_gradients_that_add_in_place_are_those_of_the_maps(G, runs):
     """Rows that several chunks see, that are seen twice by one, and that none sees."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 20, 3, generator=g, dtype=torch.double, requires_grad=True)
+    x, v = torch.randn(2, 2, 20, 3, generator=g, dtype=torch.double).requires_grad_().unbind(0)
     i = torch.randint(20, (2, G, 5), generator=g)
     seen = lambda x: torch.stack([x[:, [r for first, m in runs for r in range(first + h * m, first + h * m + m)]]
                                   for h in range(G)], 1)
-    assert torch.equal(bmojo.Gather.apply(x, runs, None, G), seen(x))
-    assert torch.equal(bmojo.Gather.apply(x, runs, i, G), torch.cat([seen(x), take(x, i)], 2))
-    assert torch.autograd.gradcheck(lambda x: bmojo.Gather.apply(x, runs, i, G), x)
-    assert torch.autograd.gradcheck(lambda x: bmojo.Gather.apply(x, runs, None, G), x)
+    for i in (i, None):
+        for rows, out in zip((x, v), bmojo.Gather.apply(x, v, runs, i, G)):
+            assert torch.equal(out, seen(rows) if i is None else torch.cat([seen(rows), take(rows, i)], 2))
+        assert torch.autograd.gradcheck(lambda x, v: bmojo.Gather.apply(x, v, runs, i, G), (x, v))
     taps = torch.randn(4, 3, generator=g, dtype=torch.double, requires_grad=True)
     y = bmojo.Convolve.apply(x, taps)
     assert torch.allclose(y[:, 5], x[:, 8] + (taps * x[:, 5:9]).sum(1))
