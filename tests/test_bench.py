@@ -127,6 +127,19 @@ def test_claims_hold_or_not():
     rooms["mplus:store=9"] = dict(retain=curve(1, 0.9, 0.8, 0.7, 0.4))
     text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
     assert "halves after 16 and 64 tokens" in text and "does not hold" in text
+    answers = lambda near, far: dict(mqar=[dict(accuracy=near, questions=30), dict(accuracy=far, questions=70)])
+    rooms = {"mamba:state=8": answers(0.24, 0.24), "hybrid:state=8": answers(1, 0.2),
+             "bmojo_f:state=8": answers(1, 0.7), "bmojo:state=8:eidetic=24": answers(1, 1),
+             "bmojo:state=8:eidetic=24:select=random": answers(0, 0)}
+    text = bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
+    assert "24%, 44%, 79%, 100% of all questions; beyond the window 24%, 20%, 70%, 100%" in text
+    assert "does not hold" not in text
+    rooms["mamba:state=8"] = answers(0.5, 0.5)
+    assert "does not hold" in bench.claims(dict(rooms=rooms, settings=dict(interleave=1)))[0]
+    for length, says in (65_536, 1), (4096, 0):
+        needle = dict(needle=[dict(length=64, accuracy=0.9, found=0.9), dict(length=length, accuracy=1, found=1)])
+        claims = bench.claims(dict(rooms={"gca:chunk=4": needle}, settings=dict(interleave=1)))
+        assert len(claims) == says and all("100% right, 100% found in 65,536 tokens" in text for text in claims)
     assert bench.claims(dict(rooms=dict(gpt={}), settings=dict(interleave=1))) == []
     assert bench.claims(dict(rooms=dict(rmt={}, hmt={}), settings=dict(interleave=2))) == []
 
