@@ -41,7 +41,8 @@ class Config(gpt.Config):
             "fading outputs lie before a window: window=0 goes with fading=0, or with a mix without bmojo"
         assert -1 <= self.fading <= 2 * self.w, f"fading goes up to two windows, {2 * self.w}, got {self.fading}"
         assert self.eidetic >= -1 and self.state >= -1, f"eidetic={self.eidetic} and state={self.state} count"
-        assert re.fullmatch(r"innovation|random|\d+-\d+", self.select), f"select={self.select} is no way to choose"
+        assert re.fullmatch(r"innovation|random|\d+-\d+", self.select), \
+            f"select is innovation, random or ids lo-hi, got {self.select}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
