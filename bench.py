@@ -132,7 +132,7 @@ TRIALS = dict(
     needle=Trial("by the length of the text, 64 tokens as in training and more, up to --read: 2 needles, each asked "
                  "for 3 times, in longer texts 24 times; behind a colon the share of questions whose needle was among "
                  "the 4 chunks of 4 tokens that were found",
-                 "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 600, 1,
+                 "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 900, 1,
                  "needle:pairs=2:asks=3:notice=4", test="needle:pairs=2:asks=24:notice=4", windows=16,
                  lengths=(1, 16, 64, 256, 1024, 16384),
                  rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
