@@ -1,9 +1,9 @@
-"""Compare the rooms: train what is missing, measure, and print one table.
+"""Compare the models: train what is missing, measure, and print one table.
 
-    python bench.py                                       every room, on the embedded book: ten minutes on a laptop
-    python bench.py --rooms=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
-    python bench.py --rooms=rmt:mem=1,rmt:segments=8      rooms with other settings, their own or train.py's
-    python bench.py --rooms=gca,gca/topk=8                and with some that hold only after training, when it is tested
+    python bench.py                                       every model, on the embedded book: ten minutes on a laptop
+    python bench.py --models=gpt,rmt --tasks=depth,cost    any part of it; what was trained before is used again
+    python bench.py --models=rmt:mem=1,rmt:segments=8      models with other settings, their own or train.py's
+    python bench.py --models=gca,gca/topk=8                and with some that hold only after training, when it is tested
     python bench.py --data=data/pg19 --steps=5000 ...     the same on shards
     python bench.py --suite=night --data=data/pg19        everything, at 30M parameters: a night on one GPU
     python bench.py --plot                                also draws the curves (needs matplotlib)
@@ -13,7 +13,7 @@
     passage  how much easier a passage is to read when it was read before, some segments of another book ago
     recall   accuracy by the distance to the answer, on a stream of key-value pairs
     planted, mqar, needle, needle1k, hops, retain, noise    the same on other streams: experiments of the papers, with
-             their own rooms
+             their own models
     cost     training speed, time a decoded token, bytes, each as the context read grows
     replay   bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 """
@@ -48,13 +48,14 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import bmojo, cli, data, stream
+from nanomem import cli, data, stream
+from nanomem.models import bmojo
 from nanomem.cli import UserError
 
 
 @dataclass
 class Bench:
-    rooms: str = ""              # which rooms, ROOM:field=value/tested:field=value, or all (without it the task's own)
+    models: str = ""              # which models, MODEL:field=value/tested:field=value, or all (without it the task's own)
     tasks: str = ""              # which, with commas between them (without it depth, recall, cost)
     data: str = ""               # shards for depth; without it the embedded Moby-Dick
     suite: str = ""              # night: other defaults for what follows
@@ -68,13 +69,13 @@ class Bench:
     segments: int = 4            # K, segments in a window
     interleave: int = 1          # books that a row reads in turns
     turn: int = 1                # segments that a turn lasts
-    layers: int = 2              # of the rooms that read books
+    layers: int = 2              # of the models that read books
     heads: int = 2               # attention heads
     width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
     equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
     lr: float = 4e-3             # learning rate on books
-    search: str = ""             # multiples of it that each room tries on books for a tenth of the steps: 0.5,1,2
+    search: str = ""             # multiples of it that each model tries on books for a tenth of the steps: 0.5,1,2
     read: int = 100_000          # tokens to read before the last measurement of cost; the longest text of needle
     seed: int = 1                # of weights, order of books, and streams
     seeds: int = 1               # how many seeds, from that one on: means, and lowest to highest accuracy
@@ -86,22 +87,22 @@ class Bench:
 
 @dataclass
 class Trial:
-    """A synthetic stream as an experiment: how rooms are trained on it, and how they are asked."""
+    """A synthetic stream as an experiment: how models are trained on it, and how they are asked."""
     about: str        # what the numbers are, over the table
     train: str        # flags of train.py
     steps: int
     segments: int     # K, segments in a window of training
     data: str = ""    # the stream that teaches, if it has knobs
-    rooms: str = ""   # those it was made for; all where it is empty
+    models: str = ""   # those it was made for; all where it is empty
     test: str = ""    # the stream that asks, if its knobs are other ones
     span: int = 0     # segments that a text lasts in training, if that can be more than a window
     rows: int = 64
     windows: int = 32       # of `rows` texts that a test reads; of longer texts, fewer
     lengths: tuple = (8,)   # of a test window, in its segments; a column each, or with a single one
     edges: tuple = ()       # a column for each range of distances between these, in tokens
-    others: str = ""        # settings of the rooms that it was not made for
+    others: str = ""        # settings of the models that it was not made for
 
-    seg = property(lambda t: int(re.search(r"--seg=(\d+)", t.train)[1]))   # S, unless a room has one of its own
+    seg = property(lambda t: int(re.search(r"--seg=(\d+)", t.train)[1]))   # S, unless a model has one of its own
 
 
 TRIALS = dict(
@@ -120,7 +121,7 @@ TRIALS = dict(
                "further back is beyond them",
                "--batch=64 --lr=5e-3 --layers=2 --heads=2 --width=64 --seg=64", 300, 1, lengths=(1,), edges=(0, 16, 64),
                others=":seg=16:segments=4",
-               rooms="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
+               models="mamba:state=8,bmojo:mix=window,hybrid:state=8,bmojo_f:state=8,bmojo:state=8:eidetic=8,"
                      "bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,"
                      "bmojo:state=8:eidetic=24:select=16-48,bmojo:mix=window:window=64"),
     needle=Trial("by the length of the text, 64 tokens as in training and more, up to --read: 2 needles, each asked "
@@ -129,36 +130,36 @@ TRIALS = dict(
                  "--batch=32 --lr=4e-3 --layers=2 --heads=2 --width=32 --seg=64", 900, 1,
                  "needle:pairs=2:asks=3:notice=4", test="needle:pairs=2:asks=24:notice=4", windows=16,
                  lengths=(1, 16, 64, 256, 1024, 16384),
-                 rooms="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
+                 models="gca:chunk=4:bypass=no,gca:chunk=4:bypass=no/retrieval=random,"
                        "gca:chunk=4:bypass=no/retrieval=recent,window:window=16,full"),
     needle1k=Trial("by the length of the text: the same, trained on 1,024 tokens with 32 questions for each needle",
                    "--batch=8 --lr=2e-3 --cooldown=0.4 --layers=2 --heads=2 --width=32 --seg=1024", 800, 1,
                    "needle:pairs=2:asks=32:notice=4", test="needle:pairs=2:asks=24:notice=4", rows=16, windows=2,
                    lengths=(1, 4, 16, 64, 256, 1024),
-                   rooms="gca:chunk=4:bypass=no:bank=256:window=-1,"
+                   models="gca:chunk=4:bypass=no:bank=256:window=-1,"
                          "gca:chunk=4:bypass=no:bank=256:window=-1/retrieval=random,"
                          "gca:chunk=4:bypass=no:bank=256:window=-1/retrieval=recent,window:window=16,full:window=-2"),
     hops=Trial("by the length of the text, with needles that lead from a key to another key and from that to the "
                "value; behind a colon the share of questions for which the place of the value was found",
                "--batch=16 --lr=4e-3 --cooldown=0.3 --layers=3 --heads=2 --width=32 --seg=256", 4000, 1,
                "needle:pairs=2:asks=10:hops=2:notice=8", test="needle:pairs=2:asks=24:hops=2:notice=8", windows=4,
-               lengths=(1, 4, 16, 64), rooms="gca:chunk=4:bypass=no:bank=64,gca:chunk=4:bypass=no:bank=64:groups=2"),
+               lengths=(1, 4, 16, 64), models="gca:chunk=4:bypass=no:bank=64,gca:chunk=4:bypass=no:bank=64:groups=2"),
     retain=Trial("by tokens since the fact was told, every 4 tokens a write; pools of 16 that lose 2 a write, stores "
                  "of 64 and 512; trained on texts of 16 writes, tested on 256",
                  "--batch=64 --lr=3e-3 --layers=2 --heads=2 --width=64 --seg=4", 400, 16, lengths=(256,), windows=4,
                  edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
-                 rooms="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
+                 models="gpt,memoryllm,mplus:ask=self:query=1:store=512,mplus:ask=self:query=1:store=64"),
 )
 TRIALS["noise"] = replace(
     TRIALS["mqar"], data="mqar:noise=1", about="by tokens since the pair stood there: the same as mqar, but where those "
     "texts are blank there is noise, every token of it as surprising as a pair",
-    rooms="bmojo_f:state=8,bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,bmojo:mix=window:window=64")
+    models="bmojo_f:state=8,bmojo:state=8:eidetic=24,bmojo:state=8:eidetic=24:select=random,bmojo:mix=window:window=64")
 TASKS = ("depth", "passage", *TRIALS, "cost", "replay")
-SUITES = dict(night=dict(rooms="all", tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16,
+SUITES = dict(night=dict(models="all", tasks=",".join(TASKS), layers=8, heads=8, width=512, seg=512, batch=16,
                          steps=5000, seeds=2, equal=True, search="0.25,0.5,1", read=2 ** 20))
 QUICK = ("depth", "recall", "cost")   # without --tasks
-VOCAB = 4160   # of the rooms whose cost is measured: gpt2-4k's, rounded up
-KEEPS = dict(   # of what lies before the segment: what a room still has exactly, and what fades
+VOCAB = 4160   # of the models whose cost is measured: gpt2-4k's, rounded up
+KEEPS = dict(   # of what lies before the segment: what a model still has exactly, and what fades
     gpt=("nothing", "nothing: it is gone"),
     window=("the last W tokens", "nothing: it is cut off"),
     xl=("the last W tokens", "nothing: it is cut off"),
@@ -202,25 +203,25 @@ def trained(argv, out):
 
 
 def parts_of(spec):
-    """A room as --rooms says it, "gca:chunk=16/topk=8:bank=99" -> its name, the settings with which it is trained, and
+    """A model as --models says it, "gca:chunk=16/topk=8:bank=99" -> its name, the settings with which it is trained, and
     those that are changed for the test."""
     trained, _, tested = spec.partition("/")
     return *cli.variant(trained), cli.variant(f"/:{tested}")[1] if tested else {}
 
 
 def fields_of(spec, tested=False):
-    """The fields of the room among its settings; refuses those that neither it nor train.py knows."""
+    """The fields of the model among its settings; refuses those that neither it nor train.py knows."""
     name, settings, changed = parts_of(spec)
     if tested and searcher(spec):
         changed = {k: v for k, v in changed.items() if k != "retrieval"}
     flags = [f"--{k}={v}" for k, v in (changed if tested else settings).items()]
-    return cli.parse(flags, nanomem.room_class(name).Config, *([] if tested else [train.Run]))[0][0]
+    return cli.parse(flags, nanomem.model_class(name).Config, *([] if tested else [train.Run]))[0][0]
 
 
 def searcher(spec, task=""):
     """M+ can be tested with another way to search, which is no field of it: oracle, random, or "" for its own."""
     name, _, changed = parts_of(spec)
-    way = changed.get("retrieval", "") if hasattr(nanomem.room_class(name), "score") else ""
+    way = changed.get("retrieval", "") if hasattr(nanomem.model_class(name), "score") else ""
     if way not in ("", "oracle", "random"):
         raise UserError(f"{spec}: retrieval is oracle or random, got {way}")
     if way == "oracle" and task not in ("", "retain"):
@@ -229,7 +230,7 @@ def searcher(spec, task=""):
 
 
 def shape_of(b, spec):
-    """The fields of a room that reads books, but for its own."""
+    """The fields of a model that reads books, but for its own."""
     shape = {k: getattr(b, k) for k in ("layers", "heads", "width", "seg")}
     if b.equal and "mlp" not in fields_of(spec):     # parameters grow evenly with the MLPs: a straight line
         name, own = parts_of(spec)[0], {**fields_of(spec), "vocab": VOCAB}
@@ -248,7 +249,7 @@ def searched(b, spec, seed, folder):
 
 def flags_of(b, spec, task, seed):
     name, settings, _ = parts_of(spec)
-    flags = [f"--room={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
+    flags = [f"--model={name}", f"--seed={seed}", "--windows=4", *([f"--device={b.device}"] if b.device else [])]
     own = [f"--{k}={v}" for k, v in settings.items()]
     if task == "depth":
         same = ("data", "steps", "batch", "segments", "interleave", "turn", "lr")
@@ -265,12 +266,12 @@ def flags_of(b, spec, task, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # depth
 
-def losses_of(room, books, b, change=lambda state: state):
-    """The loss of every token of the books, an array for each book, nan where one of the rooms must not be scored."""
-    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, turn=b.turn * room.c.seg)
-    loader = data.Bookmarks(books, rows, room.c.seg * b.segments, once=True, **turns)
+def losses_of(model, books, b, change=lambda state: state):
+    """The loss of every token of the books, an array for each book, nan where one of the models must not be scored."""
+    rows, turns = min(b.batch * 4, len(books) // b.interleave), dict(interleave=b.interleave, turn=b.turn * model.c.seg)
+    loader = data.Bookmarks(books, rows, model.c.seg * b.segments, once=True, **turns)
     losses = [np.full(len(t) - 1, np.nan) for t in books.tokens]
-    for batch, nll, _ in stream.evaluate(room, loader, like=leaky(b), change=change):
+    for batch, nll, _ in stream.evaluate(model, loader, like=leaky(b), change=change):
         book = batch.book.view(len(batch.x), -1).expand_as(batch.x)
         book, at, nll, scored = (t.cpu().numpy() for t in (book, batch.at, nll, batch.y >= 0))
         for i in np.unique(book[scored]):
@@ -280,18 +281,18 @@ def losses_of(room, books, b, change=lambda state: state):
 
 
 def leaky(b):
-    """Those of the rooms that have seen some of their targets: there no room is scored."""
-    rooms = (room_of(b, spec) for spec in rooms_of(b, "depth") if set(spec) & set(":/"))
-    return [room for room in rooms if not room.scored().all()]
+    """Those of the models that have seen some of their targets: there no model is scored."""
+    models = (model_of(b, spec) for spec in models_of(b, "depth") if set(spec) & set(":/"))
+    return [model for model in models if not model.scored().all()]
 
 
-def depth(room, books, b):
+def depth(model, books, b):
     """Loss, bits per byte and word perplexity overall and between EDGES, on every token of the held-out books; the loss
     by place in the segment; and how much it grows when every segment begins with an empty memory."""
     books.tokens = [t[:b.upto + 1 if b.upto else None] for t in books.tokens]
-    losses = losses_of(room, books, b)
-    fresh = lambda state: room.init_state(len(next(iter(state.values())))) if state else state
-    empty = losses_of(room, books, b, fresh)
+    losses = losses_of(model, books, b)
+    fresh = lambda state: model.init_state(len(next(iter(state.values())))) if state else state
+    empty = losses_of(model, books, b, fresh)
 
     def score(lo, hi):
         parts = [x[lo:hi] for x in losses]
@@ -302,76 +303,76 @@ def depth(room, books, b):
                     word_perplexity=math.exp(loss * n / sum(len(t.split()) for t in text)),
                     memory=np.nanmean(np.concatenate([x[lo:hi] for x in empty])) - loss,
                     by_book=[[np.nansum(x), np.isfinite(x).sum()] for x in parts])
-    longest, S = max(map(len, losses)), room.c.seg
+    longest, S = max(map(len, losses)), model.c.seg
     places = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
     by_place = [np.nanmean(np.concatenate([x[i::S] for x in losses for i in range(lo, hi)]))
                 for lo, hi in zip(places, places[1:])]
-    plain = nanomem.build("gpt", **{k: getattr(room.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
-    size = sum(p.numel() for p in room.parameters())
-    more = strangers(room, books, b) if b.interleave > 1 else {}
-    if type(room).__name__ == "Memformer":
-        more["writing"] = writing(room, books, b)
-    if any(k.endswith(".eps") for k in room.init_state(1)) and min(map(len, losses)) > 8192:
-        more["ages"] = ages(room, books, b)
-    return dict(more, books=len(books), parameters=size, state_bytes=stream.nbytes(room.init_state(1)),
+    plain = nanomem.build("gpt", **{k: getattr(model.c, k) for k in ("layers", "heads", "width", "seg", "vocab")})
+    size = sum(p.numel() for p in model.parameters())
+    more = strangers(model, books, b) if b.interleave > 1 else {}
+    if type(model).__name__ == "Memformer":
+        more["writing"] = writing(model, books, b)
+    if any(k.endswith(".eps") for k in model.init_state(1)) and min(map(len, losses)) > 8192:
+        more["ages"] = ages(model, books, b)
+    return dict(more, books=len(books), parameters=size, state_bytes=stream.nbytes(model.init_state(1)),
                 extra=size / sum(p.numel() for p in plain.parameters()) - 1, all=score(0, longest),
                 by_position=[score(lo, hi) for lo, hi in zip(EDGES, EDGES[1:]) if lo < longest],
                 by_place=[dict(start=lo, end=hi, loss=x) for lo, hi, x in zip(places, places[1:], by_place)])
 
 
-def strangers(room, books, b):
+def strangers(model, books, b):
     """On books in turns: the loss when each segment sees the memory of the row beside it (its own last tokens stay),
     and of a search, the share of its weight that goes to memories of the segment's own book, and by chance would."""
     swap = lambda state: {k: v if k == "ids" else v.roll(1, 0) for k, v in state.items()}
-    found = dict(stranger=np.nanmean(np.concatenate(losses_of(room, books, b, swap))))
-    if type(room).__name__ == "HMT" and room.c.query == "prev":
+    found = dict(stranger=np.nanmean(np.concatenate(losses_of(model, books, b, swap))))
+    if type(model).__name__ == "HMT" and model.c.query == "prev":
         shares, place = [], itertools.cycle(range(b.interleave * b.turn))       # in a round of turns
 
         def look(state):
-            w = room.weights(state).mean(1)                                   # (B, N) over the rows of a memory
+            w = model.weights(state).mean(1)                                   # (B, N) over the rows of a memory
             age = torch.arange(w.size(1), 0, -1, device=w.device)             # in segments, the newest last
             i = next(place)
             there, own = age <= state["n"][:, None], ((i - age) // b.turn - i // b.turn) % b.interleave == 0
             old = state["n"] >= min(2 * b.interleave * b.turn, w.size(1))       # there is something to choose from
             shares.append(torch.stack([(w * own).sum(1), (there & own).sum(1) / there.sum(1).clamp(min=1)], 1)[old])
             return state
-        losses_of(room, books, b, look)
+        losses_of(model, books, b, look)
         found.update(zip(("own", "chance"), torch.cat(shares).mean(0).tolist()))
     return found
 
 
 @torch.no_grad()
-def watched(room, books, b, windows):
+def watched(model, books, b, windows):
     """Read the first windows of up to eight books side by side: yields each segment, the state before it and after."""
-    loader, state = data.Bookmarks(books, min(8, len(books)), room.c.seg * b.segments, once=True), None
-    for batch in (loader.next().to(stream.device_of(room)) for _ in range(windows)):
-        state = stream.enter(room, state or room.init_state(len(batch.x)), batch.fresh)
-        for x, _ in stream.segments(room, batch.x, batch.y):
-            before, state = state, room(x, state)[1]
+    loader, state = data.Bookmarks(books, min(8, len(books)), model.c.seg * b.segments, once=True), None
+    for batch in (loader.next().to(stream.device_of(model)) for _ in range(windows)):
+        state = stream.enter(model, state or model.init_state(len(batch.x)), batch.fresh)
+        for x, _ in stream.segments(model, batch.x, batch.y):
+            before, state = state, model(x, state)[1]
             yield x, before, state
 
 
-def writing(room, books, b, windows=16):
+def writing(model, books, b, windows=16):
     """How Memformer writes, by segments since the book began: the share of slots that retain what they were (more than
     two thirds of the weight on themselves), that are overwritten (less than one), and that mix."""
-    kept = [room.weights(x, state)[..., 0].mean(1) for x, state, _ in watched(room, books, b, windows)]   # (B, M)
+    kept = [model.weights(x, state)[..., 0].mean(1) for x, state, _ in watched(model, books, b, windows)]   # (B, M)
     return [dict(retain=(w > 2 / 3).float().mean().item(), overwrite=(w < 1 / 3).float().mean().item()) for w in kept]
 
 
-def ages(room, books, b, edges=(0, 256, 1024, 4096, 1 << 40)):
+def ages(model, books, b, edges=(0, 256, 1024, 4096, 1 << 40)):
     """How old the eidetic tokens of B'MOJO are when 8,192 tokens were read: their share between these ages."""
-    *_, (_, _, state) = watched(room, books, b, 8192 // (room.c.seg * b.segments))
+    *_, (_, _, state) = watched(model, books, b, 8192 // (model.c.seg * b.segments))
     age = [(state["n"][:, None] - state[k])[state[k[:-2] + "eps"] >= 0] for k in state if k.endswith(".at")]
     share = np.histogram(torch.cat(age).cpu(), edges)[0] / sum(map(len, age))
     return [dict(start=lo, end=hi, share=x) for lo, hi, x in zip(edges, edges[1:], share)]
 
 
 @torch.no_grad()
-def passages(room, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), rows=64):
+def passages(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), rows=64):
     """What is left of a passage, one segment of n held-out texts, after t segments of another book: it is read again,
     and the gain is by how much the loss of its second half, behind its first, is lower than if it had never been read.
     Nats a token, with its 95% interval over passages (M+ 2502.00592, section 4.4, on plain books)."""
-    S, rng, device = room.c.seg, np.random.default_rng(0), stream.device_of(room)
+    S, rng, device = model.c.seg, np.random.default_rng(0), stream.device_of(model)
     long = [t for t in books.tokens if len(t) > (max(after) + 2) * S]
     if not long:
         raise UserError(f"a passage needs a book of {(max(after) + 2) * S + 1:,} tokens, the longest has "
@@ -386,13 +387,13 @@ def passages(room, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), rows=64):
     for once, others in zip(once.split(rows), others.split(rows)):
         nll = []
         for first in (others[:, :S], once[:, :S]):                              # never read, and read
-            state = room(first, room.init_state(len(once)))[1]
+            state = model(first, model.init_state(len(once)))[1]
             for t, x in enumerate([*others[:, S:].split(S, 1), None]):
                 if t in after:
-                    logits = room(once[:, :-1], state)[0][:, S // 2:]
+                    logits = model(once[:, :-1], state)[0][:, S // 2:]
                     loss = F.cross_entropy(logits.transpose(1, 2), once[:, S // 2 + 1:], reduction="none")
-                    nll.append(loss[:, room.scored()[S // 2:]].mean(1))      # not where the room looked ahead
-                state = state if x is None else room(x, state)[1]
+                    nll.append(loss[:, model.scored()[S // 2:]].mean(1))      # not where the model looked ahead
+                state = state if x is None else model(x, state)[1]
         gains.append(torch.stack(nll).unflatten(0, (2, -1)).diff(dim=0)[0].neg())
     gains = torch.cat(gains, 1)                                                 # (times, n)
     half = 1.96 * gains.std(1) / n ** 0.5
@@ -423,49 +424,49 @@ def trial_of(b, task):
     return t
 
 
-def at_random(room):
+def at_random(model):
     """Let M+ find just any vectors of its store."""
-    room.score = lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0])
-    return room
+    model.score = lambda l, probe, state: torch.rand_like(state["key"][:, l, :, 0])
+    return model
 
 
-def as_oracle(room, batch):
+def as_oracle(model, batch):
     """Let M+ search its store like one who knows when the answer to each question of a batch was told."""
-    S, K, rows, begin = room.c.seg, room.c.K, torch.arange(len(batch.x)), room.init_state(len(batch.x))["step"]
+    S, K, rows, begin = model.c.seg, model.c.K, torch.arange(len(batch.x)), model.init_state(len(batch.x))["step"]
     told = (torch.arange(0, batch.x.size(1), S) - batch.at[:, ::S]) // S                     # (B, segments)
 
     def oracle(l, probe, state):
         then = told[rows, (state["step"] - begin).cpu()].to(begin.device)
         return (state["old_birth"][:, l] // K - begin[:, None] == then[:, None]).float()
-    room.score = oracle
+    model.score = oracle
 
 
 def trial(load, t, task, seed=0, oracle=False, read=math.inf):
     """Accuracy on a synthetic stream by the distance to the answer, or by the length of the text, as far as there are
-    50 questions; and if a room searches, the share of questions for which it found the place of the answer.
-    load(**fields) is the room, with these fields changed."""
+    50 questions; and if a model searches, the share of questions for which it found the place of the answer.
+    load(**fields) is the model, with these fields changed."""
     found = []
     for length in t.lengths:
-        room, T = load(), length * t.seg
+        model, T = load(), length * t.seg
         name = (t.test if length > t.lengths[0] or len(t.lengths) == 1 else "") or t.data or task
         if len(t.lengths) > 1:
-            fields = whole(room, T)
+            fields = whole(model, T)
             if fields is None or T > read:
                 continue
-            room = load(**fields)
+            model = load(**fields)
         edges = np.array(t.edges or (0, T + 1))
         texts = max(2, t.rows * t.windows * t.lengths[0] // length)
         loader = data.Synthetic(name, min(t.rows, texts), T, seed=(seed, 2))
         sums = np.zeros((3, len(edges) + 1))                   # questions, right answers, places found
         ahead = data.Synthetic(name, loader.B, T, seed=(seed, 2))
-        with stream.overheard(room) as heard:
+        with stream.overheard(model) as heard:
             for _ in range(texts // loader.B):
                 if oracle:
-                    as_oracle(room, ahead.next())
-                batch, _, hit = next(stream.evaluate(room, loader, 1))
+                    as_oracle(model, ahead.next())
+                batch, _, hit = next(stream.evaluate(model, loader, 1))
                 asked = batch.y >= 0
                 place = np.digitize(batch.at[asked].cpu().numpy(), edges)
-                for row, x in zip(sums, (asked, hit, stream.met(room, batch, heard) if heard else ~asked)):
+                for row, x in zip(sums, (asked, hit, stream.met(model, batch, heard) if heard else ~asked)):
                     row += np.bincount(place, x[asked].cpu().numpy(), len(edges) + 1)
                 heard.clear()
         found += [dict(length=T, start=int(lo), end=int(hi), questions=n, accuracy=r / n, found=m / n)
@@ -473,10 +474,10 @@ def trial(load, t, task, seed=0, oracle=False, read=math.inf):
     return found
 
 
-def whole(room, T):
-    """The fields with which a room that is meant to see a whole text does so in one of T tokens; None if that takes too
+def whole(model, T):
+    """The fields with which a model that is meant to see a whole text does so in one of T tokens; None if that takes too
     long: the time of full attention grows with the square."""
-    kind, c = type(room).__name__, room.c
+    kind, c = type(model).__name__, model.c
     if kind == "XL" and c.window < -1:
         return dict(window=T) if T <= 8192 else None
     return dict(bank=T // c.m) if kind == "GCA" else {}
@@ -580,17 +581,17 @@ def seconds(device, *functions, rounds=9, again=False):
     return times[:, 1:]   # the first round warms up
 
 
-def training_step(room, rows, K, walk=stream.bptt, compile=False):
+def training_step(model, rows, K, walk=stream.bptt, compile=False):
     """A step of training as train.py makes it, on random tokens: forward, backward, update."""
-    c, device = room.c, stream.device_of(room)
+    c, device = model.c, stream.device_of(model)
     x, y = torch.randint(c.vocab, (2, rows, K * c.seg), device=device)
-    optimizer = torch.optim.AdamW(room.parameters(), fused=True)
-    loss = partial(F.cross_entropy, reduction="sum") if isinstance(room, Plain) else stream.summed_loss
-    forward, state = stream.step_of(room, compile=compile, loss=loss), room.init_state(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    loss = partial(F.cross_entropy, reduction="sum") if isinstance(model, Plain) else stream.summed_loss
+    forward, state = stream.step_of(model, compile=compile, loss=loss), model.init_state(rows)
 
     def step():
-        walk(room, forward, x, y, stream.detach(state), 1 / x.numel())
-        nn.utils.clip_grad_norm_(room.parameters(), 1.0)
+        walk(model, forward, x, y, stream.detach(state), 1 / x.numel())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return step
@@ -608,17 +609,17 @@ def copied(reader):
     return other
 
 
-def cost(room, b):
+def cost(model, b):
     """What training and reading cost, and how that grows with what was read."""
-    c, device = room.c, stream.device_of(room)
+    c, device = model.c, stream.device_of(model)
     plain = Plain(c).to(device)
     tokens = b.batch * b.segments * c.seg
-    steps = [training_step(m, b.batch, b.segments, compile=b.compile) for m in (room, plain)]
+    steps = [training_step(m, b.batch, b.segments, compile=b.compile) for m in (model, plain)]
     ours, theirs = seconds(device, *steps, again=True)
 
     # reading on, and decoding, after a little and after a lot was read: one segment each, in turn
     depths = sorted({d for d in (1024, 16_384, 262_144) if d < b.read} | {b.read})
-    book, reader = torch.randint(c.vocab, (1, b.read), device=device), stream.Reader(room.eval())
+    book, reader = torch.randint(c.vocab, (1, b.read), device=device), stream.Reader(model.eval())
     readers, kept, peaks = [], [], []
     for d in depths:
         if reader.count < d // c.seg * c.seg:
@@ -631,10 +632,10 @@ def cost(room, b):
         readers[-1] = copied(reader)
     read, decode = ([lambda r=r, n=n: [r(x) for x in book[:, :c.seg].split(n, 1)] for r in readers] for n in (c.seg, 1))
     times = seconds(device, *read, *decode).reshape(2, len(depths), -1)
-    room.train()
+    model.train()
     more = dict(scan=scan_over_loop()) if getattr(c, "mix", "") == "bmojo" and c.M else {}
     return dict(more, training_tokens_per_s=tokens / np.median(ours), speed_over_plain=np.median(theirs / ours),
-                state_bytes=stream.nbytes(room.init_state(1)),
+                state_bytes=stream.nbytes(model.init_state(1)),
                 reading=[dict(read=d, read_ms=1000 * t / c.seg, decode_ms=1000 * t1 / c.seg, held=h, peak=p)
                          for d, t, t1, h, p in zip(depths, *np.median(times, 2), kept, peaks)],
                 **{k: np.median(t[-1] / t[0]) for k, t in zip(("read_growth", "decode_growth"), times)})
@@ -643,23 +644,23 @@ def cost(room, b):
 # ----------------------------------------------------------------------------------------------------------------------
 # replay
 
-def checkpointed(room, step, x, y, state, scale):
+def checkpointed(model, step, x, y, state, scale):
     """Back-propagation in which autograd keeps what enters a call, and walks it once more on the way back."""
     again = lambda *args: torch.utils.checkpoint.checkpoint(step, *args, use_reentrant=False)
-    return stream.bptt(room, again, x, y, state, scale)
+    return stream.bptt(model, again, x, y, state, scale)
 
 
 WALKS = dict(bptt=stream.bptt, checkpoint=checkpointed, replay=stream.replay)
 
 
-def replay(room, rows=1, through=(2, 4, 8, 16, 32), rounds=3):
+def replay(model, rows=1, through=(2, 4, 8, 16, 32), rounds=3):
     """Three ways to the same gradients through K segments: the most bytes alive at once beside weights and gradients,
     and the time, each also as a multiple of what plain back-propagation takes."""
-    device, step, walks = stream.device_of(room), stream.step_of(room), {}
+    device, step, walks = stream.device_of(model), stream.step_of(model), {}
     for K in through:
-        x = torch.randint(room.c.vocab, (rows, K * room.c.seg), device=device)
+        x = torch.randint(model.c.vocab, (rows, K * model.c.seg), device=device)
         for way, walk in WALKS.items():
-            walks[way, K] = lambda walk=walk, x=x: walk(room, step, x, x, room.init_state(rows), 1 / x.numel())
+            walks[way, K] = lambda walk=walk, x=x: walk(model, step, x, x, model.init_state(rows), 1 / x.numel())
     walks["bptt", through[0]]()                              # makes the gradients, to which the others add
     peaks = {}
     for key, walk in walks.items():
@@ -701,9 +702,9 @@ def percent(s):
 
 
 def summary(found):
-    """The one table: a line a room, the columns of the tasks that ran; "" if none of them has a column in it."""
+    """The one table: a line a model, the columns of the tasks that ran; "" if none of them has a column in it."""
     lines = {}
-    for name, r in found["rooms"].items():
+    for name, r in found["models"].items():
         lines[name] = cells = {}
         if "depth" in r:
             d, score = r["depth"], r["depth"]["all"]
@@ -718,9 +719,9 @@ def summary(found):
                           "train tok/s": f"{c['training_tokens_per_s'] / 1e3:.1f}k",
                           "ms/token": f"{c['reading'][0]['decode_ms']:.2f}",
                           f"after {c['reading'][-1]['read'] // 1000:,}k": f"{c['decode_growth']:.2f}x"})
-    head = max(lines.values(), key=len)                      # not every room has been through every task
+    head = max(lines.values(), key=len)                      # not every model has been through every task
     rows = [[name, *(cells.get(k, "") for k in head)] for name, cells in lines.items() if cells]
-    return table(["room", *head], rows) if rows else ""
+    return table(["model", *head], rows) if rows else ""
 
 
 def details(found):
@@ -728,11 +729,11 @@ def details(found):
     parts = []
 
     def part(title, task, columns, cells, last=None):
-        rows = {name: r[task] for name, r in found["rooms"].items() if r.get(task)}
+        rows = {name: r[task] for name, r in found["models"].items() if r.get(task)}
         if rows:
-            first = max(rows.values(), key=len)                  # a room may not have gone as far as the others
+            first = max(rows.values(), key=len)                  # a model may not have gone as far as the others
             lines = [[name, *cells(r)] for name, r in rows.items()] + ([["", *last(first)]] if last else [])
-            head = ["room", *columns(first)]
+            head = ["model", *columns(first)]
             body = table(head, [line + [""] * (len(head) - len(line)) for line in lines])
             parts.append(f"{title(first)}\n\n{body}")
 
@@ -742,7 +743,7 @@ def details(found):
 
     part(lambda r: f"Loss in nats a token by position in the book (held-out books: {r['books']}):", "depth",
          depths, lambda r: [f"{s['loss']:.3f}" for s in r["by_position"]])
-    first, base = next(((name, r["depth"]) for name, r in found["rooms"].items() if "depth" in r), ("", dict(books=0)))
+    first, base = next(((name, r["depth"]) for name, r in found["models"].items() if "depth" in r), ("", dict(books=0)))
     if base["books"] > 1:
         def against(r):
             for s, t in zip([r["all"], *r["by_position"]], [base["all"], *base["by_position"]]):
@@ -750,7 +751,7 @@ def details(found):
                 yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
         part(lambda r: f"Loss minus that of {first} on the same books, with its 95% interval over books (~: a tie):",
              "depth", lambda r: ["all", *depths(r)], against)
-    part(lambda r: "What a room remembers of the text before its segment:", "depth",
+    part(lambda r: "What a model remembers of the text before its segment:", "depth",
          lambda r: ["parameters", "more than gpt", "bytes a row", "exactly", "what fades"],
          lambda r: [f"{r['parameters']:,}", f"{r['extra']:.1%}", size(r["state_bytes"]), *r["keeps"]])
     part(lambda r: "What memory is worth: by how much the loss grows when every segment begins with an empty one:",
@@ -761,7 +762,7 @@ def details(found):
              lambda r: ["loss", "a stranger's memory", "weight on own book", "chance"],
              lambda r: [f"{r['all']['loss']:.3f}", f"{r['stranger']:.3f}",
                         *(f"{r[k]:.1%}" if k in r else "" for k in ("own", "chance"))])
-    for name, r in found["rooms"].items():
+    for name, r in found["models"].items():
         w = r.get("depth", {}).get("writing", [])
         at = [i for i in (0, 1, 3, 7, 15, 31, 63) if i < len(w)]
         if w:
@@ -789,12 +790,12 @@ def details(found):
          lambda r: [f"{x['read']:,}" for x in r["reading"]],
          lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
                     for x in r["reading"]])
-    parts += replay_table({name: r["replay"] for name, r in found["rooms"].items() if "replay" in r}) + claims(found)
-    scans = [r["cost"]["scan"] for r in found["rooms"].values() if "scan" in r.get("cost", {})]
+    parts += replay_table({name: r["replay"] for name, r in found["models"].items() if "replay" in r}) + claims(found)
+    scans = [r["cost"]["scan"] for r in found["models"].values() if "scan" in r.get("cost", {})]
     if scans:
         parts.append("B'MOJO's scan of 2,048 tokens, forward and backward, over a loop of its one-token step: "
                      f"{np.median(scans):.0f} times as fast")
-    gpt = found["rooms"].get("gpt", {}).get("cost")
+    gpt = found["models"].get("gpt", {}).get("cost")
     if gpt:
         parts.append(f"Training speed of gpt over that of nanoGPT's model, same shape, in plain PyTorch, both "
                      f"{'compiled' if found['settings']['compile'] else 'eager'}: {gpt['speed_over_plain']:.2f}x")
@@ -803,20 +804,20 @@ def details(found):
 
 def claims(found):
     """What the papers say and what we found, as far as it was measured, and whether that holds."""
-    rooms, rows = found["rooms"], []
+    models, rows = found["models"], []
 
     def columns(name, task):
-        """Those of the first room whose name begins so and that was not changed for the test; None: not measured."""
-        return next((r[task] for n, r in rooms.items() if n.startswith(name) and "/" not in n and r.get(task)), None)
+        """Those of the first model whose name begins so and that was not changed for the test; None: not measured."""
+        return next((r[task] for n, r in models.items() if n.startswith(name) and "/" not in n and r.get(task)), None)
 
     def claim(paper, says, needs, text, holds):
         if None not in needs:
             rows.append([paper, says, text(*needs), "holds" if holds(*needs) else "does not hold here"])
-    if found["settings"]["interleave"] > 1 and all("depth" in rooms.get(n, {}) for n in ("rmt", "hmt")):
-        mean, low, high = interval(*(rooms[n]["depth"]["all"]["by_book"] for n in ("hmt", "rmt")))
+    if found["settings"]["interleave"] > 1 and all("depth" in models.get(n, {}) for n in ("rmt", "hmt")):
+        mean, low, high = interval(*(models[n]["depth"]["all"]["by_book"] for n in ("hmt", "rmt")))
         claim("HMT", "on texts in turns a search beats the newest memory (RMT)", [mean, low, high],
               lambda mean, low, high: f"{mean:+.3f} nats ({low:+.3f} to {high:+.3f})", lambda _, low, high: high < 0)
-    for r in rooms.values():
+    for r in models.values():
         if "replay" in r:
             few, many = r["replay"]["replay"][1], r["replay"]["replay"][-1]
             claim("Memformer", "memory replay needs the memory of one segment, at little more time", [few, many],
@@ -848,41 +849,41 @@ def half(columns):
     return columns and next((s["start"] for s in columns if s["accuracy"] < columns[0]["accuracy"] / 2), math.inf)
 
 
-def replay_table(rooms):
-    """[] or [the table of `replay`, a line for each room and way, with Memformer's own table 3 below]."""
-    if not rooms:
+def replay_table(models):
+    """[] or [the table of `replay`, a line for each model and way, with Memformer's own table 3 below]."""
+    if not models:
         return []
-    columns = [f"K={x['K']}" for x in next(iter(rooms.values()))["bptt"]]
+    columns = [f"K={x['K']}" for x in next(iter(models.values()))["bptt"]]
     lines = [[name, way, *[f"{size(x['peak'])}, {x['ms']:.0f} ms" for x in r[way]],
               *[f"{x['bytes_over_bptt']:.2f}x, {x['time_over_bptt']:.2f}x" for x in (r[way][1], r[way][-1])],
-              f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in rooms.items() for way in WALKS]
+              f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in models.items() for way in WALKS]
     for way, megabytes, speed in zip(WALKS, (16177, 9885, 7229), (1.00, 0.48, 0.90)):
         there = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
         lines.append(["the paper", way, *there.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x", "", ""])
     return ["Peak bytes and time of forward and backward through K segments, beside weights and gradients; both over "
             f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's are from table 3 "
             "of 2010.06891: 12 layers of width 512, all that the GPU held:\n\n"
-            + table(["room", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "grows"], lines)]
+            + table(["model", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "grows"], lines)]
 
 
 def draw(found, out):
-    """depth.svg, the loss minus that of the first room on the same tokens, and a picture for each stream; returns the
+    """depth.svg, the loss minus that of the first model on the same tokens, and a picture for each stream; returns the
     names drawn."""
     import matplotlib
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
     drawn = []
     for task in ("depth", *TRIALS):
-        rooms = {name: r[task] for name, r in found["rooms"].items() if task in r}
-        if not rooms:
+        models = {name: r[task] for name, r in found["models"].items() if task in r}
+        if not models:
             continue
         figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
         axes.set_prop_cycle(color=plt.cm.tab20.colors)
-        first = next(iter(rooms))
-        for name, r in rooms.items():
+        first = next(iter(models))
+        for name, r in models.items():
             if task == "depth":
                 x = [s["end"] for s in r["by_position"]]
-                y = [s["loss"] - base["loss"] for s, base in zip(r["by_position"], rooms[first]["by_position"])]
+                y = [s["loss"] - base["loss"] for s, base in zip(r["by_position"], models[first]["by_position"])]
             else:
                 x = [s["start"] if TRIALS[task].edges else s["length"] for s in r]
                 y = [s["accuracy"] for s in r]
@@ -899,7 +900,7 @@ def draw(found, out):
         figure.savefig(out / f"{task}.svg")
         plt.close(figure)
         drawn.append(f"{task}.svg")
-    return drawn + [draw_writing(name, r["depth"]["writing"], out) for name, r in found["rooms"].items()
+    return drawn + [draw_writing(name, r["depth"]["writing"], out) for name, r in found["models"].items()
                     if "writing" in r.get("depth", {})]
 
 
@@ -922,12 +923,12 @@ def draw_writing(name, rows, out):
 # The run
 
 def source(task, spec):
-    """What a measurement needs to be trained: the task that trains, and the room without what is changed for tests."""
+    """What a measurement needs to be trained: the task that trains, and the model without what is changed for tests."""
     return "depth" if task == "passage" else task, spec.partition("/")[0]
 
 
 def work(b, jobs, seed):
-    """Train a room unless that was done before, and measure all that jobs [(task, spec)] want of it."""
+    """Train a model unless that was done before, and measure all that jobs [(task, spec)] want of it."""
     torch.manual_seed(seed)
     task, spec = source(*jobs[0])
     folder = Path(b.out) / f"{task}-{spec}-{seed}".replace(":", "-").replace("=", "")
@@ -942,8 +943,8 @@ def work(b, jobs, seed):
         way = searcher(spec, task)
 
         def load(**more):
-            room = nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
-            return at_random(room) if way == "random" else room
+            model = nanomem.load(folder / "last.pt", **changed | more)[0].to(device).eval()
+            return at_random(model) if way == "random" else model
         if task in TRIALS:
             return trial(load, trial_of(b, task), task, b.seed, way == "oracle", b.read)
         books = data.open_books(b.data, "test" if b.final else "validation", checkpoint["run"]["tokenizer"])
@@ -955,7 +956,7 @@ def work(b, jobs, seed):
 
 def or_error(function, *args):
     """What the function returns, or a UserError in its place: one job that fails, because memory ran out or because of
-    a bug in a room, must not cost the others."""
+    a bug in a model, must not cost the others."""
     try:
         return function(*args)
     except UserError as error:
@@ -976,7 +977,7 @@ def alone():
 
 
 def side_by_side(function, calls, n):
-    """Yield (call, function(*call), or the UserError that it raised), n of them at work at a time: small rooms use one
+    """Yield (call, function(*call), or the UserError that it raised), n of them at work at a time: small models use one
     thread better than several."""
     if n == 1 or len(calls) < 2:
         yield from ((call, or_error(function, *call)) for call in calls)
@@ -1000,18 +1001,18 @@ def merged(runs):
     return one if all(r == one for r in runs) else sum(runs) / len(runs)
 
 
-def rooms_of(b, task):
-    """The rooms of a task, all unless it has its own, after making sure that each can be built."""
+def models_of(b, task):
+    """The models of a task, all unless it has its own, after making sure that each can be built."""
     names = lambda text: [w.strip() for w in text.split(",") if w.strip()]
-    own = names(TRIALS[task].rooms if task in TRIALS else "memformer" * (task == "replay"))
+    own = names(TRIALS[task].models if task in TRIALS else "memformer" * (task == "replay"))
     t = trial_of(b, task) if task in TRIALS else None
-    every = own + [name + (t.others if t else "") for name in nanomem.ROOMS
+    every = own + [name + (t.others if t else "") for name in nanomem.MODELS
                    if name not in {parts_of(spec)[0] for spec in own}]
-    specs = [spec for word in names(b.rooms) for spec in (every if word == "all" else [word])] or own or every
+    specs = [spec for word in names(b.models) for spec in (every if word == "all" else [word])] or own or every
     for spec in specs:
         name, _, _ = parts_of(spec)
-        if name not in nanomem.ROOMS:
-            raise UserError(f"--rooms={name} is none of them: {cli.nearest(name, list(nanomem.ROOMS))}")
+        if name not in nanomem.MODELS:
+            raise UserError(f"--models={name} is none of them: {cli.nearest(name, list(nanomem.MODELS))}")
         fields, T = {**fields_of(spec), **fields_of(spec, tested=True)}, t and t.lengths[0] * t.seg
         if t and T % fields.get("seg", t.seg):
             raise UserError(f"{spec}: texts of {T} tokens are no whole number of segments of {fields['seg']}")
@@ -1019,17 +1020,17 @@ def rooms_of(b, task):
     return specs
 
 
-def room_of(b, spec):
-    """An untrained room of the size that reads books."""
+def model_of(b, spec):
+    """An untrained model of the size that reads books."""
     shape = {**shape_of(b, spec), "vocab": VOCAB}
     return nanomem.build(parts_of(spec)[0], **{**shape, **fields_of(spec), **fields_of(spec, tested=True)})
 
 
 def expense(b, device, task, spec):
-    """[What `cost` or `replay` measures of an untrained room]."""
+    """[What `cost` or `replay` measures of an untrained model]."""
     torch.manual_seed(b.seed)
-    room = room_of(b, spec).to(device)
-    return [cost(room, b) if task == "cost" else replay(room)]
+    model = model_of(b, spec).to(device)
+    return [cost(model, b) if task == "cost" else replay(model)]
 
 
 def main(argv):
@@ -1045,7 +1046,7 @@ def main(argv):
         if task not in TASKS:
             raise UserError(f"--tasks={task} is none of them: {cli.nearest(task, TASKS)}")
     seeds = range(b.seed, b.seed + b.seeds)
-    jobs = [(task, spec) for task in TASKS if task in tasks for spec in rooms_of(b, task)]
+    jobs = [(task, spec) for task in TASKS if task in tasks for spec in models_of(b, task)]
     same = {}                                              # what one training serves
     for job in jobs:
         same.setdefault(source(*job), []).append(job)
@@ -1062,7 +1063,7 @@ def main(argv):
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)
     found = dict(command=" ".join(["python bench.py", *argv]), machine=f"{chip}, torch {torch.__version__}",
-                 settings=asdict(b), rooms={spec: {} for _, spec in jobs})
+                 settings=asdict(b), models={spec: {} for _, spec in jobs})
     runs, failed = {job: [] for job in jobs}, []
     with tqdm(total=len(trainings) + len(costs), unit="job") as bar:
         def done(jobs, results):
@@ -1083,9 +1084,9 @@ def main(argv):
         raise UserError(failed[0])
     for (task, spec), results in runs.items():
         if results:
-            found["rooms"][spec][task] = merged(results)
+            found["models"][spec][task] = merged(results)
         for part in ("ages", "search"):
-            found["rooms"][spec][part] = found["rooms"][spec].get("depth", {}).get(part)
+            found["models"][spec][part] = found["models"][spec].get("depth", {}).get(part)
     found["minutes"] = (time.perf_counter() - start) / 60
     tokens = b.batch * b.segments * b.seg
     report = (f"{found['command']}\n{found['machine']}; {found['minutes']:.1f} minutes; {b.steps} steps of {tokens:,} "

@@ -1,4 +1,4 @@
-"""Continue a text with a trained room, its memory carried along: a token costs the same after a line and after a book.
+"""Continue a text with a trained model, its memory carried along: a token costs the same after a line and after a book.
 
     python sample.py out/rmt --prompt="Call me Ishmael."
     python sample.py out/rmt --file=book.txt --save-memory=book.pt      read a book once, keep what is remembered
@@ -58,16 +58,16 @@ def main(argv):
     for name, good in fits.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
-    room, checkpoint = nanomem.load(words[0])
+    model, checkpoint = nanomem.load(words[0])
     if data.is_stream(checkpoint["run"]["data"]):
         raise UserError(f"{words[0]} was trained on the stream {checkpoint['run']['data']}, which is no text")
     enc = data.tokenizer(checkpoint["run"]["tokenizer"])
     device = train.machine(train.Run(device=s.device))[0]
-    reader = stream.Reader(room.to(device).eval())
+    reader = stream.Reader(model.to(device).eval())
     try:
         with torch.no_grad():
-            room.read(reader.state)
-    except AssertionError as refusal:   # a room as published may need tokens that are not there yet
+            model.read(reader.state)
+    except AssertionError as refusal:   # a model as published may need tokens that are not there yet
         raise UserError(f"{words[0]} cannot write text: {refusal}") from None
 
     piped = s.file == "-" or not (s.file or s.prompt or s.load_memory or sys.stdin.isatty())
@@ -80,7 +80,7 @@ def main(argv):
         reader.load(s.load_memory)
     else:
         ids = [enc.eot_token, *ids]                        # every book begins with it
-    step = 64 * room.c.seg                                 # tokens between two moves of the bar
+    step = 64 * model.c.seg                                 # tokens between two moves of the bar
     for i in tqdm(range(0, len(ids), step), desc="reading", unit=f"x{step} tokens", disable=len(ids) <= step):
         reader(torch.tensor([ids[i:i + step]], device=device))
 

@@ -1,10 +1,10 @@
-"""Train any room, on books or on a synthetic stream.
+"""Train any model, on books or on a synthetic stream.
 
-    python train.py --room=rmt                       on the embedded book: a few minutes on a laptop
-    python train.py --room=xl --data=data/pg19       on shards made by python -m nanomem.data
-    python train.py --room=rmt --data=recall         on a stream where the answer lies segments back
-    python train.py --room=rmt --resume              go on where out/rmt stopped, to the bit
-    torchrun --nproc_per_node=2 train.py --room=rmt  the same run on several devices
+    python train.py --model=rmt                       on the embedded book: a few minutes on a laptop
+    python train.py --model=xl --data=data/pg19       on shards made by python -m nanomem.data
+    python train.py --model=rmt --data=recall         on a stream where the answer lies segments back
+    python train.py --model=rmt --resume              go on where out/rmt stopped, to the bit
+    torchrun --nproc_per_node=2 train.py --model=rmt  the same run on several devices
 """
 import contextlib
 import csv
@@ -24,14 +24,15 @@ from tqdm import tqdm
 import nanomem
 from nanomem import cli, data, stream
 from nanomem.cli import UserError
+from nanomem.models import gpt
 
 
 @dataclass
 class Run:
-    room: str = "rmt"            # which memory: gpt, window, xl, full, rmt, hmt, memformer, mplus, bmojo, ... (README)
+    model: str = "rmt"            # which memory: gpt, window, xl, full, rmt, hmt, memformer, mplus, bmojo, ... (README)
     data: str = ""               # folder of shards, or a stream (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
-    out: str = ""                # folder for checkpoints and log (without it out/ROOM)
+    out: str = ""                # folder for checkpoints and log (without it out/MODEL)
     resume: bool = False         # go on from last.pt of that folder
     overwrite: bool = False      # begin anew in a folder that holds a run
     steps: int = 600             # optimizer steps
@@ -56,9 +57,9 @@ class Run:
 
 
 def flags(argv):
-    """The command line as a Run's fields and the room's own fields, only what was typed."""
-    room = cli.peek(argv, "room", Run.room)
-    (run, fields), words = cli.parse(argv, Run, nanomem.room_class(room).Config)
+    """The command line as a Run's fields and the model's own fields, only what was typed."""
+    model = cli.peek(argv, "model", Run.model)
+    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(model).Config)
     if words:
         raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
     return run, fields
@@ -105,10 +106,10 @@ def windows_of(run, seg):
             lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece, **turns), books.enc.n_vocab)
 
 
-def optimizer_of(room, run):
+def optimizer_of(model, run):
     """AdamW; only the matrices of linear layers shrink, no embedding and no memory does."""
-    matrices = {id(m.weight) for m in room.modules() if isinstance(m, nn.Linear)}
-    groups = [dict(params=[p for p in room.parameters() if (id(p) in matrices) == shrink],
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == shrink],
                    weight_decay=shrink * run.decay) for shrink in (True, False)]
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
 
@@ -119,19 +120,19 @@ def rate(run, step):
     return run.lr * min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
 
 
-def validate(room, loader, windows, dtype):
-    """On the first windows of the held-out text: mean loss in nats a token, the share of right guesses, and of a room
+def validate(model, loader, windows, dtype):
+    """On the first windows of the held-out text: mean loss in nats a token, the share of right guesses, and of a model
     that searches in a stream of questions, how often it finds the place of the answer (else None)."""
     nll, hits, finds, n = 0.0, 0, None, 0
-    room.eval()
-    with stream.overheard(room) as heard:
-        for batch, loss, hit in stream.evaluate(room, loader, windows, dtype):
+    model.eval()
+    with stream.overheard(model) as heard:
+        for batch, loss, hit in stream.evaluate(model, loader, windows, dtype):
             asked = batch.y >= 0
             nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + asked.sum().item()
             if heard and isinstance(loader, data.Synthetic):
-                finds = (finds or 0) + (stream.met(room, batch, heard) & asked).sum().item()
+                finds = (finds or 0) + (stream.met(model, batch, heard) & asked).sum().item()
             heard.clear()
-    room.train()
+    model.train()
     return nll / n, hits / n, None if finds is None else finds / n
 
 
@@ -149,9 +150,9 @@ def ctrl_c():
 def resumed(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
     saved = stream.load(last, "checkpoint")
-    was = {**saved["run"], **saved["config"], "room": saved["room"]}
+    was = {**saved["run"], **saved["config"], "model": saved["name"]}
     fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "turn", "seed")}
-    for k, v in {**fixed, **fields, "room": typed.get("room", Run.room)}.items():
+    for k, v in {**fixed, **fields, "model": typed.get("model", Run.model)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
     return saved
@@ -160,7 +161,7 @@ def resumed(last, typed, fields):
 def main(argv):
     typed, fields = flags(argv)
     run, saved = Run(**typed), None
-    out = Path(run.out or f"out/{run.room}")
+    out = Path(run.out or f"out/{run.model}")
     last, top = out / "last.pt", out / "best.pt"
     if run.resume:
         saved = resumed(last, typed, fields)
@@ -175,24 +176,24 @@ def main(argv):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # the data, the room, the optimizer, and where they stopped
+    # the data, the model, the optimizer, and where they stopped
     torch.manual_seed(run.seed)
-    loader, held_out, vocab = windows_of(run, fields.get("seg", nanomem.gpt.Config.seg))
+    loader, held_out, vocab = windows_of(run, fields.get("seg", gpt.Config.seg))
     fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number of rows is faster; the last ones are no tokens
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
-    room = nanomem.build(run.room, **fields).to(device)
-    optimizer = optimizer_of(room, run)
+    model = nanomem.build(run.model, **fields).to(device)
+    optimizer = optimizer_of(model, run)
     B = run.batch // world                             # rows of this process
-    state, start, best, seconds = stream.detach(room.init_state(B)), 0, math.inf, 0.0
+    state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:
-        room.load_state_dict(saved["model"])
+        model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         loader.load_state_dict(saved["loader"])
         torch.set_rng_state(saved["rng"])
         state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
         start, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    forward = stream.step_of(room, dtype, compile)
+    forward = stream.step_of(model, dtype, compile)
     walk = stream.replay if run.replay else stream.bptt
 
     def save(step, *paths):
@@ -203,47 +204,47 @@ def main(argv):
             dist.all_gather(parts, v.contiguous())
             whole[k] = torch.cat(parts)
         for path in paths if rank == 0 else ():
-            stream.save(path, "checkpoint", room=run.room, config=asdict(room.c), run=asdict(run), step=step, best=best,
-                        seconds=seconds, model=room.state_dict(), optimizer=optimizer.state_dict(),
+            stream.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step, best=best,
+                        seconds=seconds, weights=model.state_dict(), optimizer=optimizer.state_dict(),
                         loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
 
-    tokens = run.batch * run.segments * room.c.seg     # a step reads
+    tokens = run.batch * run.segments * model.c.seg     # a step reads
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not saved:
             last.unlink(missing_ok=True), top.unlink(missing_ok=True)
             (out / "log.csv").write_text("step,loss,validation,accuracy,lr,gradient,tokens_per_s,minutes,found\n")
-        size = sum(p.numel() for p in room.parameters()) / 1e6
-        print(f"{run.room} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{run.model} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
               f"{stream.nbytes(state) / 1024:.0f} KB of state a row; {run.steps} steps of {tokens:,} tokens; "
               f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
 
-    bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.room, disable=rank > 0)
+    bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.model, disable=rank > 0)
     losses, clock = [], time.perf_counter()
     with ctrl_c() as stop:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate(run, step)
-            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), room)
+            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), model)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
                 dist.all_reduce(targets)           # a token weighs the same whichever process has it
             targets.clamp_(min=1)                  # a window of a stream may ask nothing
             for i in range(0, B, B // run.accum):
                 rows = slice(i, i + B // run.accum)
-                begin = stream.enter(room, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])
-                total, end = walk(room, forward, batch.x[rows], batch.y[rows], begin, 1 / targets)
+                begin = stream.enter(model, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])
+                total, end = walk(model, forward, batch.x[rows], batch.y[rows], begin, 1 / targets)
                 loss = loss + total / targets
                 ends.append(end)
             state = {k: torch.cat([end[k] for end in ends]) for k in state}
             sums = torch.stack([loss, loss.new_tensor(float(len(stop)))])
             if world > 1:                          # by hand: a wrapper expects one backward a step, replay makes K
-                for p in room.parameters():
+                for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
                 dist.all_reduce(sums)
             loss, stopped = sums.tolist()
-            gradient = nn.utils.clip_grad_norm_(room.parameters(), run.clip).item()
+            gradient = nn.utils.clip_grad_norm_(model.parameters(), run.clip).item()
             for name, v in dict(loss=loss, gradient=gradient).items():
                 if not math.isfinite(v):
                     raise UserError(f"the {name} is {v} at step {step}: try a lower --lr"
@@ -262,7 +263,7 @@ def main(argv):
             mean, losses, valid, right, found = sum(losses) / len(losses), [], None, None, None
             if rank == 0:
                 if validates:
-                    valid, right, found = validate(room, held_out(), run.windows, dtype)
+                    valid, right, found = validate(model, held_out(), run.windows, dtype)
                 held = f"valid {valid:6.3f} {right:6.1%}" if validates else " " * 19
                 bar.write(f"{done:7d}  loss {mean:6.3f}  {held}"
                           f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"

@@ -213,7 +213,7 @@ def open_shard(path, index_path, enc):
     if version != VERSION:
         refuse(f"shard version {version}, this code reads {VERSION}")
     if path.stat().st_size != 1024 + 2 * n:
-        refuse(f"the header promises {n:,} tokens, the file has room for {(path.stat().st_size - 1024) / 2:,.0f}")
+        refuse(f"the header promises {n:,} tokens, the file has model for {(path.stat().st_size - 1024) / 2:,.0f}")
     if (eot, vocab) != (enc.eot_token, enc.n_vocab):
         refuse(f"written for a vocabulary of {vocab}, {enc.name} has {enc.n_vocab}")
     tokens = np.memmap(path, "<u2", "r", offset=1024, shape=(n,))
@@ -370,7 +370,7 @@ def needle(rng, B, T, distance=0, pairs=1, asks=1, hops=1, notice=0):
     """Keys with their values (needles) in a haystack of noise; each key comes back `asks` times and asks for its value.
     All places are drawn uniformly; a single question may also stand at the end, `distance` tokens behind its needle.
     With more hops, a key is followed by another key, which stands elsewhere, and only the last one by the value. A
-    question can be announced: then its key also stands `notice` tokens before it, for rooms that need a while to fetch
+    question can be announced: then its key also stands `notice` tokens before it, for models that need a while to fetch
     the answer."""
     unit = notice + 2                                                # tokens that a needle or a question takes
     if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // unit:

@@ -12,21 +12,21 @@ TINY = dict(vocab=64, layers=2, heads=2, width=32, seg=32)
 
 
 def tiny(name, seed=0, **fields):
-    """A small room whose every parameter is off its start, zeros included, so that every path carries something."""
+    """A small model whose every parameter is off its start, zeros included, so that every path carries something."""
     torch.manual_seed(seed)
-    room = nanomem.build(name, **{**TINY, **fields})
+    model = nanomem.build(name, **{**TINY, **fields})
     with torch.no_grad():
-        for p in room.parameters():
+        for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    return room
+    return model
 
 
-@pytest.fixture(params=nanomem.ROOMS)
+@pytest.fixture(params=nanomem.MODELS)
 def name(request):
-    """Every room and preset."""
+    """Every model and preset."""
     return request.param
 
 
 @pytest.fixture
-def room(name):
+def model(name):
     return tiny(name)

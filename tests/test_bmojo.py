@@ -7,13 +7,14 @@ import torch
 
 import nanomem
 import train
-from nanomem import bmojo, data, stream
-from nanomem.bmojo import Config, Here, scan, step
+from nanomem import data, stream
+from nanomem.models import bmojo
+from nanomem.models.bmojo import Config, Here, scan, step
 from nanomem.cli import UserError
-from nanomem.gpt import norm, rotate, take
+from nanomem.models.gpt import norm, rotate, take
 
 from conftest import TINY, tiny
-from test_room import S, close, text, walk
+from test_laws import S, close, text, walk
 
 PRESETS = ("mamba", "hybrid", "bmojo_f", "bmojo")
 
@@ -108,8 +109,8 @@ def test_attention_is_a_companion_matrix_that_forgets_and_a_state_space_one_that
 
 @torch.no_grad()
 def test_a_mamba_layer_adds_its_state_space_and_a_hybrid_takes_turns():
-    room = tiny("mamba", conv=False)
-    layer, x = room.blocks[0], torch.randn(2, S, TINY["width"])
+    model = tiny("mamba", conv=False)
+    layer, x = model.blocks[0], torch.randn(2, S, TINY["width"])
     past = layer.start(lambda *shape: torch.zeros(2, *shape))
     y, _ = layer.ssm(norm(x), past["h"])
     assert torch.equal(layer(x, past, None)[0], x + y + layer.mlp(norm(x + y)))
@@ -196,11 +197,11 @@ def test_full_attention_comes_out_two_ways_and_a_sliding_window_too():
 
 
 @torch.no_grad()
-def test_window_layers_are_the_sliding_window_room():
-    room = tiny("bmojo", mix="window", window=8, conv=False)
+def test_window_layers_are_the_sliding_window_model():
+    model = tiny("bmojo", mix="window", window=8, conv=False)
     window = tiny("window", window=7)                      # there w does not count the token itself
-    window.load_state_dict(room.state_dict())
-    assert close(walk(room, text(K=4))[0], walk(window, text(K=4))[0])
+    window.load_state_dict(model.state_dict())
+    assert close(walk(model, text(K=4))[0], walk(window, text(K=4))[0])
 
 
 @torch.no_grad()
@@ -237,10 +238,10 @@ def test_where_a_text_is_cut_into_segments_changes_nothing(name):
     """All that crosses the border of a segment is in the state; so no length that was not trained is anything new."""
     tokens, found = text(B=2, K=6), []
     for seg in (8, 24, 6 * S):
-        room, logits = tiny(name, seg=seg, window=8, eidetic=10).double(), []
-        state = room.init_state(2)
+        model, logits = tiny(name, seg=seg, window=8, eidetic=10).double(), []
+        state = model.init_state(2)
         for x in tokens.split(seg, 1):
-            y, state = room(x, {k: v.double() if v.is_floating_point() else v for k, v in state.items()})
+            y, state = model(x, {k: v.double() if v.is_floating_point() else v for k, v in state.items()})
             logits.append(y)
         found.append(torch.cat(logits, 1))
     assert torch.allclose(found[0], found[2], atol=1e-9) and torch.allclose(found[1], found[2], atol=1e-9)
@@ -256,10 +257,10 @@ def test_the_buffer_is_a_running_heap(select):
     every = walk(tiny("bmojo", layers=1, seg=S, eidetic=4 * S, select=select), tokens)[1]      # nothing leaves it
     order = every["0.at"][:, :4 * S].argsort(1)
     eps = every["0.eps"][:, :4 * S].gather(1, order)                                           # (B, 4S) by place
-    room, least = tiny("bmojo", layers=1, seg=8, window=8, eidetic=M, select=select), torch.zeros(2) - 1
-    state = room.init_state(2)
+    model, least = tiny("bmojo", layers=1, seg=8, window=8, eidetic=M, select=select), torch.zeros(2) - 1
+    state = model.init_state(2)
     for end in range(8, 4 * S + 1, 8):
-        state = room(tokens[:, end - 8:end], state)[1]
+        state = model(tokens[:, end - 8:end], state)[1]
         for row in range(2):
             heap = heapq.nlargest(M, ((float(e), t) for t, e in enumerate(eps[row, :end])))
             assert sorted(state["0.at"][row, :M].tolist()) == sorted(t for _, t in heap)
@@ -286,8 +287,8 @@ def test_the_innovation_is_the_distance_from_the_mean_of_the_three_outputs_befor
 @torch.no_grad()
 def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
     x, _, _ = data.mqar(np.random.default_rng(0), 3, 64)
-    room = tiny("bmojo", seg=64, eidetic=8, select=f"{data.NOISE}-{data.NOISE + data.VALUES}")
-    state = room(torch.from_numpy(x), room.init_state(3))[1]
+    model = tiny("bmojo", seg=64, eidetic=8, select=f"{data.NOISE}-{data.NOISE + data.VALUES}")
+    state = model(torch.from_numpy(x), model.init_state(3))[1]
     for l in (0, 1):
         assert state[f"{l}.at"][:, :8].sort(1).values.tolist() == [list(range(1, 17, 2))] * 3
 
@@ -295,10 +296,10 @@ def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
 @torch.no_grad()
 def test_without_fading_tokens_the_past_is_read_through_eidetic_rows_alone():
     """One layer: every eidetic row that is nudged moves the next chunk, and a state space that is nudged does not."""
-    room = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0, conv=False)
+    model = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0, conv=False)
     tokens = text(B=1, K=2)
-    state = walk(room, tokens[:, :S])[1]
-    chunk = lambda state: room(tokens[:, S:], state)[0][:, :8]
+    state = walk(model, tokens[:, :S])[1]
+    chunk = lambda state: model(tokens[:, S:], state)[0][:, :8]
     for row in range(4):
         changed = state["0.v"].clone()
         changed[:, row] += 1
@@ -326,41 +327,41 @@ def test_gradients_that_add_in_place_are_those_of_the_maps(G, runs):
     assert torch.autograd.gradcheck(bmojo.Convolve.apply, (x, taps))
 
 
-def grads(room, tokens, lo, hi):
-    """Which parts of the room get a gradient from a loss on the logits lo..hi."""
-    room.zero_grad()
-    walk(room, tokens)[0][:, lo:hi].square().sum().backward()
+def grads(model, tokens, lo, hi):
+    """Which parts of the model get a gradient from a loss on the logits lo..hi."""
+    model.zero_grad()
+    walk(model, tokens)[0][:, lo:hi].square().sum().backward()
     size = lambda ps: sum(float(p.grad.abs().sum()) for p in ps if p.grad is not None)
-    return size(room.blocks[0].ssm.parameters()), size(room.blocks[0].attention.parameters())
+    return size(model.blocks[0].ssm.parameters()), size(model.blocks[0].attention.parameters())
 
 
 def test_gradient_reaches_the_state_space_only_through_fading_tokens():
     tokens = text(B=1, K=2)
     for fading, first in ((-1, 8), (4, 8)):
-        room = tiny("bmojo", layers=1, window=8, fading=fading)
-        assert grads(room, tokens, 0, first)[0] == 0, "nothing has left the window yet"
-        ssm, other = grads(room, tokens, first, first + 1)
+        model = tiny("bmojo", layers=1, window=8, fading=fading)
+        assert grads(model, tokens, 0, first)[0] == 0, "nothing has left the window yet"
+        ssm, other = grads(model, tokens, first, first + 1)
         assert ssm > 0 and other > 0
     ssm, other = grads(tiny("bmojo", layers=1, window=8, fading=0), tokens, 0, 2 * S)
     assert ssm == 0 and other > 0, "the innovation has no gradient"
 
 
 def test_gradient_reaches_an_eidetic_token_from_far_behind_its_window():
-    room, seen = tiny("bmojo", layers=1, window=4, eidetic=3, fading=0, conv=False), []
-    room.embedding.register_forward_hook(lambda m, a, y: (y.retain_grad(), seen.append(y)) and None)
+    model, seen = tiny("bmojo", layers=1, window=4, eidetic=3, fading=0, conv=False), []
+    model.embedding.register_forward_hook(lambda m, a, y: (y.retain_grad(), seen.append(y)) and None)
     tokens = text(B=1, K=4)
-    logits, state = walk(room, tokens)
+    logits, state = walk(model, tokens)
     logits[:, -1].sum().backward()
     moved = [S * k + t for k, y in enumerate(seen) for t in y.grad[0].abs().sum(-1).nonzero().flatten().tolist()]
     eidetic = [t for t in moved if t < 4 * S - 4]
-    assert len(eidetic) == 3 and set(eidetic) <= set(walk(room, tokens[:, :-S])[1]["0.at"][0, :3].tolist()) | \
+    assert len(eidetic) == 3 and set(eidetic) <= set(walk(model, tokens[:, :-S])[1]["0.at"][0, :3].tolist()) | \
         set(range(3 * S, 4 * S))
 
 
 # the presets
 
 def test_all_presets_have_the_size_of_gpt():
-    """What the state space takes the MLP gives, so that rooms are compared at equal parameters."""
+    """What the state space takes the MLP gives, so that models are compared at equal parameters."""
     for size in (dict(layers=4, heads=4, width=128), dict(layers=2, heads=2, width=64, vocab=64)):
         gpt, *others = [sum(p.numel() for p in nanomem.build(name, **size).parameters()) for name in ("gpt", *PRESETS)]
         assert all(abs(n - gpt) < 0.02 * gpt for n in others)
@@ -386,12 +387,12 @@ def test_a_setting_that_makes_no_sense_is_refused(fields, hint):
 def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_path):
     found = {}
     for name, more in (("mamba", []), ("bmojo", ["--eidetic=12"])):
-        train.main([f"--room={name}", f"--out={tmp_path / name}", "--data=mqar", "--segments=1", "--steps=150",
+        train.main([f"--model={name}", f"--out={tmp_path / name}", "--data=mqar", "--segments=1", "--steps=150",
                     "--batch=64", "--lr=5e-3", "--layers=2", "--heads=2", "--width=64", "--seg=32", "--state=4", *more])
-        room, _ = nanomem.load(tmp_path / name)
+        model, _ = nanomem.load(tmp_path / name)
         right, total = 0, 0
-        for batch, _, hit in stream.evaluate(room, data.Synthetic("mqar", 64, 32, seed=7), 8):
-            scored = batch.at > room.c.w                                  # the answer has left the window
+        for batch, _, hit in stream.evaluate(model, data.Synthetic("mqar", 64, 32, seed=7), 8):
+            scored = batch.at > model.c.w                                  # the answer has left the window
             right, total = right + hit[scored].sum().item(), total + scored.sum().item()
         found[name] = right / total
     assert found["mamba"] < 0.5 and found["bmojo"] > 0.95, found

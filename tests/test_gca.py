@@ -9,32 +9,32 @@ import nanomem
 import train
 from nanomem import data, stream
 from nanomem.cli import UserError
-from nanomem.gca import gumbel
+from nanomem.models.gca import gumbel
 
 from conftest import TINY, tiny
-from test_room import S, V, close, text, walk
+from test_laws import S, V, close, text, walk
 
-M, N = 8, S // 8   # tokens in a chunk of a TINY room, chunks in a segment
+M, N = 8, S // 8   # tokens in a chunk of a TINY model, chunks in a segment
 
 
 def gca(**fields):
     return tiny("gca", **{"chunk": M, **fields}).eval()
 
 
-def memory(room, n, B=2, seed=0):
+def memory(model, n, B=2, seed=0):
     """A state as after n chunks, of noise."""
     torch.manual_seed(seed)
     state = {k: torch.randn_like(v) if v.is_floating_point() else torch.full_like(v, n)
-             for k, v in room.init_state(B).items()}
+             for k, v in model.init_state(B).items()}
     return state
 
 
-def retrieved(room, tokens, state=None):
+def retrieved(model, tokens, state=None):
     """The chunks that were found, (B, chunks, G, k), by the three verbs that a whole segment is made of."""
-    state, found = state or room.init_state(len(tokens)), []
-    for x in tokens.split(room.c.seg, 1):
-        _, cache = room.extend(x, room.read(state))
-        state = room.write(cache, state)
+    state, found = state or model.init_state(len(tokens)), []
+    for x in tokens.split(model.c.seg, 1):
+        _, cache = model.extend(x, model.read(state))
+        state = model.write(cache, state)
         found.append(torch.stack(cache["picks"], 2))
     return torch.cat(found, 1)
 
@@ -43,8 +43,8 @@ def retrieved(room, tokens, state=None):
 
 @pytest.mark.parametrize("sink", [False, True])
 def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
-    room = gca(sink=sink).double()
-    cross, (B, n, u, k, H, D) = room.cross[0], (2, 3, 5, 4, 2, 16)
+    model = gca(sink=sink).double()
+    cross, (B, n, u, k, H, D) = model.cross[0], (2, 3, 5, 4, 2, 16)
     torch.manual_seed(0)
     x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, H, k, M, 2 * D).double()
     w = torch.rand(B, n, k).double()
@@ -67,11 +67,11 @@ def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
 @torch.no_grad()
 def test_the_first_two_chunks_read_nothing_and_the_third_does():
     """The first has nothing before it; the second reads what the first asked for, when there was nothing."""
-    room = gca()
+    model = gca()
     deaf = gca()
     for cross in deaf.cross:
         cross.out.weight.zero_()
-    a, b = walk(room, text())[0], walk(deaf, text())[0]
+    a, b = walk(model, text())[0], walk(deaf, text())[0]
     assert torch.equal(a[:, :2 * M], b[:, :2 * M])
     assert (a - b).abs().amax((0, 2)).unflatten(0, (-1, M)).amax(1)[2:].min() > 1e-4
 
@@ -80,13 +80,13 @@ def test_the_first_two_chunks_read_nothing_and_the_third_does():
 def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
     """With every other path cut, a changed token is felt in its own row, nowhere in the next chunk, and everywhere
     after that: what a landmark asks for is read by the chunk behind it, and it cannot ask for its own chunk."""
-    room, tokens = gca(topk=12, bank=12), text()
-    for block in room.blocks:
+    model, tokens = gca(topk=12, bank=12), text()
+    for block in model.blocks:
         block.attention.out.weight.zero_()
     for t in (0, 5, 7, 40, S + 3, 2 * S - 1):
         other, c = tokens.clone(), t // M
         other[:, t] = (other[:, t] + 1) % V
-        moved = (walk(room, tokens)[0] - walk(room, other)[0]).abs().amax((0, 2))
+        moved = (walk(model, tokens)[0] - walk(model, other)[0]).abs().amax((0, 2))
         moved[t] = 0
         assert moved[:(c + 2) * M].max() == 0
         assert moved[(c + 2) * M:].min() > 0
@@ -98,9 +98,9 @@ def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
 @pytest.mark.parametrize("n", [0, 1, 3, 20, 37])
 def test_the_chunks_found_are_the_k_best_of_those_that_are_kept(n):
     """By brute force: the bank has 20 places, and the segment that comes needs N of them for itself."""
-    room = gca(bank=20, topk=3)
-    state, asks = memory(room, n), torch.randn(2, N, TINY["width"])
-    kv, w, picks = room.find(asks, 0, 0, state)
+    model = gca(bank=20, topk=3)
+    state, asks = memory(model, n), torch.randn(2, N, TINY["width"])
+    kv, w, picks = model.find(asks, 0, 0, state)
     for b in range(2):
         for t in range(N):
             kept = range(max(0, n + N - 20), n + t - 1)          # the asking chunk n + t - 1 is not among them
@@ -117,29 +117,29 @@ def test_the_chunks_found_are_the_k_best_of_those_that_are_kept(n):
 def test_the_order_of_the_chunks_in_the_bank_says_nothing():
     """Other places for the same chunks: no position is read with them, however long ago they were. Only the last one
     has to stay, which may not be found by its own question."""
-    room, x = gca(bank=12), text(K=1)
-    state = walk(room, text(K=2))[1]
+    model, x = gca(bank=12), text(K=1)
+    state = walk(model, text(K=2))[1]
     order = torch.cat([torch.arange(2 * N - 1).flip(0), torch.arange(2 * N - 1, 12)])
     other = dict(state, key=state["key"][:, order], bank=state["bank"][:, order])
-    assert close(room(x, other)[0], room(x, state)[0], 1e-5)
-    assert not close(room(x, dict(state, key=state["key"][:, order]))[0], room(x, state)[0], 1e-3)
+    assert close(model(x, other)[0], model(x, state)[0], 1e-5)
+    assert not close(model(x, dict(state, key=state["key"][:, order]))[0], model(x, state)[0], 1e-3)
 
 
 @torch.no_grad()
 def test_random_and_recent_differ_in_the_choice_only():
     tokens = text()
     for way in ("random", "recent"):
-        room = gca(retrieval=way, topk=3)
-        picks = retrieved(room, tokens)[:, :, 0]                                   # (B, chunks, k)
+        model = gca(retrieval=way, topk=3)
+        picks = retrieved(model, tokens)[:, :, 0]                                   # (B, chunks, k)
         for t in range(3 * N):
             kept = [e for e in picks[0, t].tolist() if e >= 0]
             before = range(max(0, t - 1))
             assert len(set(kept)) == len(kept) == min(3, len(before)) and set(kept) <= set(before)
             if way == "recent":
                 assert kept == list(before)[::-1][:3]
-        _, w, _ = room.find(torch.randn(2, N, TINY["width"]), 0, 0, memory(room, 9))
+        _, w, _ = model.find(torch.randn(2, N, TINY["width"]), 0, 0, memory(model, 9))
         assert torch.allclose(w, torch.tensor(1 / 3))
-        assert torch.equal(picks, retrieved(room, tokens)[:, :, 0])
+        assert torch.equal(picks, retrieved(model, tokens)[:, :, 0])
 
 
 # learning to choose
@@ -148,7 +148,7 @@ def test_random_and_recent_differ_in_the_choice_only():
 def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
     """dL/ds_j = w_j (f_j - sum_i w_i f_i), with f_j what the loss says about the answer of chunk j. With one chunk
     there is nothing to compare it with, and nothing is learned."""
-    room, mixed = gca(topk=topk).double(), []
+    model, mixed = gca(topk=topk).double(), []
     state = {k: v.double() if v.is_floating_point() else v for k, v in walk(gca(topk=topk), text(K=2))[1].items()}
     state = {k: v.detach() for k, v in state.items()}
     state["ask"].requires_grad_()
@@ -156,11 +156,11 @@ def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
     def keep(module, args):
         args[2].retain_grad()
         mixed.append(args[2])
-    room.cross[0].register_forward_pre_hook(keep)
-    logits, _ = room(text(K=1), state)
+    model.cross[0].register_forward_pre_hook(keep)
+    logits, _ = model(text(K=1), state)
     F.cross_entropy(logits[:, :M].flatten(0, 1), text(K=1)[:, 1:M + 1].flatten()).backward()
     w, f = mixed[0][:, 0].detach(), mixed[0].grad[:, 0]                            # of the first chunk, (B, k)
-    _, _, picks = room.find(state["ask"].detach(), 0, 0, state)
+    _, _, picks = model.find(state["ask"].detach(), 0, 0, state)
     ds = w * (f - (w * f).sum(1, keepdim=True))
     key = state["key"].gather(1, picks[:, 0, :, None].expand(-1, -1, TINY["width"]))
     assert torch.allclose(state["ask"].grad[:, 0], torch.einsum("bk,bkc->bc", ds, key) / TINY["width"] ** 0.5)
@@ -168,14 +168,14 @@ def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
 
 
 def test_noise_explores_in_training_only_and_repeats():
-    room, tokens = gca(topk=2), text()
-    before, calm = torch.get_rng_state(), retrieved(room, tokens)
-    room.train()
-    noisy = retrieved(room, tokens)
-    assert not torch.equal(noisy, calm) and torch.equal(noisy, retrieved(room, tokens))
+    model, tokens = gca(topk=2), text()
+    before, calm = torch.get_rng_state(), retrieved(model, tokens)
+    model.train()
+    noisy = retrieved(model, tokens)
+    assert not torch.equal(noisy, calm) and torch.equal(noisy, retrieved(model, tokens))
     assert torch.equal(before, torch.get_rng_state()), "a state does not know this randomness"
-    state, ask = memory(room, 9), torch.randn(2, N, TINY["width"])
-    kv, w, picks = room.find(ask, 0, 0, state)
+    state, ask = memory(model, 9), torch.randn(2, N, TINY["width"])
+    kv, w, picks = model.find(ask, 0, 0, state)
     s = (ask[:, :, None] * state["key"][torch.arange(2)[:, None, None], picks]).sum(-1) / TINY["width"] ** 0.5
     assert torch.allclose(w, s.softmax(-1), atol=1e-6), "the weights have no noise"
 
@@ -195,15 +195,15 @@ def test_it_learns_to_find_needles_and_finds_them_in_64_times_the_text(tmp_path)
     """From the loss on the answers alone, in windows of 64 tokens; then what was fetched for questions in 4,096."""
     task = "needle:pairs=2:asks=3:notice=4"
     with torch.enable_grad():
-        train.main(["--room=gca", f"--data={task}", "--seg=64", "--segments=1", "--chunk=4", "--layers=2", "--heads=2",
+        train.main(["--model=gca", f"--data={task}", "--seg=64", "--segments=1", "--chunk=4", "--layers=2", "--heads=2",
                     "--width=32", "--no-bypass", "--batch=32", "--lr=4e-3", "--steps=300", "--validate=300",
                     "--windows=1", f"--out={tmp_path}"])
-    room = nanomem.load(tmp_path, seg=1024, bank=1024)[0].eval()
+    model = nanomem.load(tmp_path, seg=1024, bank=1024)[0].eval()
     batch = data.Synthetic(task, 16, 4096, seed=9).next()
     rows, t = (batch.y >= 0).nonzero(as_tuple=True)
     needle = (t - batch.at[rows, t]) // 4
-    found = retrieved(room, batch.x)[rows, t // 4, 0] == needle[:, None]           # (questions, k)
-    (_, _, hit), = stream.evaluate(room, data.Synthetic(task, 16, 4096, seed=9), 1)
+    found = retrieved(model, batch.x)[rows, t // 4, 0] == needle[:, None]           # (questions, k)
+    (_, _, hit), = stream.evaluate(model, data.Synthetic(task, 16, 4096, seed=9), 1)
     assert found.any(1).float().mean() > 0.95 and hit[rows, t].float().mean() > 0.6
 
 
@@ -216,15 +216,15 @@ def test_segments_of_any_length_are_one_pass(fields):
     """The same weights, segments of 1, 2, 4 and 12 chunks: nothing but speed depends on where segments end."""
     tokens, found = text(), []
     for chunks in (1, 2, 4, 12):
-        room = gca(seg=chunks * M, bank=24, **fields)
-        found.append(walk_by(room, tokens))
+        model = gca(seg=chunks * M, bank=24, **fields)
+        found.append(walk_by(model, tokens))
     assert all(close(y, found[-1]) for y in found)
 
 
-def walk_by(room, tokens):
-    state, logits = room.init_state(len(tokens)), []
-    for x in tokens.split(room.c.seg, 1):
-        y, state = room(x, state)
+def walk_by(model, tokens):
+    state, logits = model.init_state(len(tokens)), []
+    for x in tokens.split(model.c.seg, 1):
+        y, state = model(x, state)
         logits.append(y)
     return torch.cat(logits, 1)
 
@@ -232,9 +232,9 @@ def walk_by(room, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("window", [1, 5, S, 40])
 def test_without_its_bank_it_is_the_sliding_window(window):
-    room, other = gca(topk=0, window=window), tiny("window", window=window)
-    other.load_state_dict(room.state_dict(), strict=False)
-    assert close(walk(room, text())[0], walk(other, text())[0])
+    model, other = gca(topk=0, window=window), tiny("window", window=window)
+    other.load_state_dict(model.state_dict(), strict=False)
+    assert close(walk(model, text())[0], walk(other, text())[0])
 
 
 @torch.no_grad()
@@ -243,25 +243,25 @@ def test_without_its_bank_it_is_the_sliding_window(window):
                                     dict(bank=3 * N, retrieval="random"), dict(bank=3 * N, retrieval="recent")],
                          ids=["full", "two groups", "few", "random", "recent"])
 def test_a_bank_that_overflows_within_a_call_shows_every_segment_what_it_held_by_then(fields, train):
-    room = gca(**fields).train(train)
-    state = after = room.init_state(2)
+    model = gca(**fields).train(train)
+    state = after = model.init_state(2)
     for seed in range(3):
-        tokens = text(K=room.parallel, seed=seed)
-        logits, state = room(tokens, state)
-        expected, after = walk(room, tokens, after)
+        tokens = text(K=model.parallel, seed=seed)
+        logits, state = model(tokens, state)
+        expected, after = walk(model, tokens, after)
         assert close(logits, expected) and close(state, after)
 
 
 @torch.no_grad()
 def test_reading_changes_the_bank_in_place_and_no_prediction():
     """Even when the bank is full and goes round: 3 segments of 4 chunks in 6 places."""
-    room = gca(bank=6)
-    state, copied = room.init_state(2), room.init_state(2)
+    model = gca(bank=6)
+    state, copied = model.init_state(2), model.init_state(2)
     for x in text().split(S, 1):
         with torch.enable_grad():
-            expected, copied = room(x, copied)
+            expected, copied = model(x, copied)
         address = state["bank"].data_ptr()
-        logits, state = room(x, state)
+        logits, state = model(x, state)
         assert state["bank"].data_ptr() == address and copied["bank"].data_ptr() != address
         assert close(logits, expected) and close(state, copied)
 
@@ -269,15 +269,15 @@ def test_reading_changes_the_bank_in_place_and_no_prediction():
 @torch.no_grad()
 def test_a_state_that_was_read_on_from_still_predicts_the_same():
     """In eval mode the next segment writes into its bank, but only where it does not look."""
-    room = gca()
-    state = walk(room, text(K=2))[1]
-    logits = [room(x, state)[0] for x in (text(K=1), text(K=1, seed=7), text(K=1))]
+    model = gca()
+    state = walk(model, text(K=2))[1]
+    logits = [model(x, state)[0] for x in (text(K=1), text(K=1, seed=7), text(K=1))]
     assert torch.equal(logits[0], logits[2])
 
 
 def test_the_bank_may_lie_in_the_memory_of_the_cpu():
-    room = nanomem.build("gca", **TINY, host=True).to("meta")
-    assert {k: v.device.type for k, v in room.init_state(2).items() if v.device.type != "meta"} == {"bank": "cpu"}
+    model = nanomem.build("gca", **TINY, host=True).to("meta")
+    assert {k: v.device.type for k, v in model.init_state(2).items() if v.device.type != "meta"} == {"bank": "cpu"}
 
 
 @pytest.mark.parametrize("fields, why", [
@@ -293,13 +293,13 @@ def test_settings_that_cannot_be_are_refused(fields, why):
 def test_what_is_overheard_is_what_was_found(k):
     """With the most recent k chunks, the answer is found where its chunk is 2 to k + 1 before the one that asks: a
     chunk reads what the one before it found among those before that."""
-    room = gca(topk=k, retrieval="recent")
-    loader = data.Synthetic("needle:pairs=2:asks=2", 3, 3 * room.c.seg)
-    with stream.overheard(room) as heard:
-        batch, _, _ = next(stream.evaluate(room, loader, 1))
-        met = stream.met(room, batch, heard)
+    model = gca(topk=k, retrieval="recent")
+    loader = data.Synthetic("needle:pairs=2:asks=2", 3, 3 * model.c.seg)
+    with stream.overheard(model) as heard:
+        batch, _, _ = next(stream.evaluate(model, loader, 1))
+        met = stream.met(model, batch, heard)
     t = torch.arange(batch.x.size(1))
-    back = t // room.c.m - (t - batch.at) // room.c.m
+    back = t // model.c.m - (t - batch.at) // model.c.m
     asked = batch.y >= 0
     assert torch.equal(met[asked], ((back >= 2) & (back <= k + 1))[asked]) and (met[asked].any() or k == 1)
-    assert "find" not in vars(room)
+    assert "find" not in vars(model)

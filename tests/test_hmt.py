@@ -10,34 +10,34 @@ from nanomem import data, stream
 from nanomem.cli import UserError
 
 from conftest import TINY, tiny
-from test_room import S, V, close, text, walk, watch
+from test_laws import S, V, close, text, walk, watch
 
 CAUSAL = ["prev", "split"]
 QUERIES = [*CAUSAL, "paper"]
 J = S // 2   # tokens of the query
 
 
-def plain_gain(room):
-    """The room as the paper has it, without a gain, so that it can be compared with RMT."""
+def plain_gain(model):
+    """The model as the paper has it, without a gain, so that it can be compared with RMT."""
     with torch.no_grad():
-        room.gain.fill_(1)
-    return room
+        model.gain.fill_(1)
+    return model
 
 
-def states(room, tokens):
+def states(model, tokens):
     """The state before every segment, and the one behind the last."""
-    found = [room.init_state(len(tokens))]
+    found = [model.init_state(len(tokens))]
     for x in tokens.split(S, 1):
-        found.append(room(x, found[-1])[1])
+        found.append(model(x, found[-1])[1])
     return found
 
 
-def full(room, B=2, seed=0):
+def full(model, B=2, seed=0):
     """A state with a full bank of memories that differ."""
     torch.manual_seed(seed)
-    bank = torch.randn(B, room.c.bank, room.c.M, room.c.width)
-    n = torch.full((B,), room.c.bank)
-    return dict(bank=bank, n=n, ids=torch.randint(V, (B, room.c.tail)))
+    bank = torch.randn(B, model.c.bank, model.c.M, model.c.width)
+    n = torch.full((B,), model.c.bank)
+    return dict(bank=bank, n=n, ids=torch.randint(V, (B, model.c.tail)))
 
 
 # what it shares with RMT
@@ -57,11 +57,11 @@ def test_the_first_two_segments_are_rmt_and_with_a_bank_of_one_all_of_them(query
 @torch.no_grad()
 @pytest.mark.parametrize("query", QUERIES)
 def test_the_search_is_not_felt_before_there_is_a_choice(query):
-    room, tokens = tiny("hmt", query=query), text(K=3)
-    before = walk(room, tokens)[0]
-    for p in (room.prompt, room.query.weight, room.key.weight):
+    model, tokens = tiny("hmt", query=query), text(K=3)
+    before = walk(model, tokens)[0]
+    for p in (model.prompt, model.query.weight, model.key.weight):
         p.add_(torch.randn_like(p))
-    moved = (walk(room, tokens)[0] - before).abs().amax((0, 2)).split(S)
+    moved = (walk(model, tokens)[0] - before).abs().amax((0, 2)).split(S)
     assert moved[0].max() == moved[1].max() == 0 and moved[2].max() > 1e-4
 
 
@@ -69,28 +69,28 @@ def test_the_search_is_not_felt_before_there_is_a_choice(query):
 def test_a_segment_is_one_causal_pass_with_what_the_slow_search_finds():
     """Eq. 1-5 by hand for one row: one memory after another, keys and all."""
     for query in QUERIES:
-        room, tokens = tiny("hmt", query=query, mem=3, sensory=2), text(B=1, K=4)
+        model, tokens = tiny("hmt", query=query, mem=3, sensory=2), text(B=1, K=4)
         kept, before = [], None
-        logits, end = walk(room, tokens)
+        logits, end = walk(model, tokens)
         for n, x in enumerate(tokens.split(S, 1)):
             half = before[:, -J:] if query == "prev" and n else x[:, :J]
-            rows = torch.cat([room.prompt[None], room.embed(half), room.prompt[None]], 1)
-            q = room.query(room.trunk(rows)[0][0, -1])
+            rows = torch.cat([model.prompt[None], model.embed(half), model.prompt[None]], 1)
+            q = model.query(model.trunk(rows)[0][0, -1])
             P = []
             for i in range(3):
                 if not kept:
-                    P.append(room.mem[i])
+                    P.append(model.mem[i])
                     continue
-                w = torch.stack([q @ room.key(memory[i]) / TINY["width"] ** 0.5 for memory in kept]).softmax(0)
+                w = torch.stack([q @ model.key(memory[i]) / TINY["width"] ** 0.5 for memory in kept]).softmax(0)
                 P.append(sum(a * memory[i] for a, memory in zip(w, kept)))
-            P = room.gain * torch.stack(P)[None]
-            sensory = room.embed(before[:, -2:]) if n else torch.zeros(1, 2, TINY["width"])
-            e = room.embed(x)
-            newest = room.gain * (kept[-1] if kept else room.mem)[None]
+            P = model.gain * torch.stack(P)[None]
+            sensory = model.embed(before[:, -2:]) if n else torch.zeros(1, 2, TINY["width"])
+            e = model.embed(x)
+            newest = model.gain * (kept[-1] if kept else model.mem)[None]
             parts = [newest, sensory, e[:, :J], P, e[:, J:], P] if query == "split" else [P, sensory, e, P]
-            h = room.trunk(torch.cat(parts, 1))[0][0]
+            h = model.trunk(torch.cat(parts, 1))[0][0]
             rest = torch.cat([h[5:5 + J], h[-3 - S + J:-3]])
-            assert close(logits[0, n * S:(n + 1) * S], room.head(rest))
+            assert close(logits[0, n * S:(n + 1) * S], model.head(rest))
             kept.append(h[-3:])
             before = x
         assert close(end["bank"][0, -4:], torch.stack(kept))
@@ -101,14 +101,14 @@ def test_a_segment_is_one_causal_pass_with_what_the_slow_search_finds():
 @torch.no_grad()
 def test_the_published_query_leaks_and_the_positions_that_leak_are_not_scored():
     """Change one token at a time: which logits before it move? In segments 0 and 1 there is nothing to choose from."""
-    room, tokens = tiny("hmt", query="paper"), text(B=1, K=4)
+    model, tokens = tiny("hmt", query="paper"), text(B=1, K=4)
     changed = tokens.repeat(4 * S, 1)
     changed[torch.arange(4 * S), torch.arange(4 * S)] = (tokens[0] + 1) % V
-    moved = (walk(room, tokens.repeat(4 * S, 1))[0] - walk(room, changed)[0]).abs().amax(-1) > 1e-6
+    moved = (walk(model, tokens.repeat(4 * S, 1))[0] - walk(model, changed)[0]).abs().amax(-1) > 1e-6
     leaks = moved.tril(-1).any(0).view(4, S)                        # (segment, logit)
     contaminated = (torch.arange(4)[:, None] >= 2) & (torch.arange(S) < J - 1)
     assert torch.equal(leaks, contaminated)
-    assert not (leaks & room.scored()).any() and room.scored().sum() == S - (J - 1)
+    assert not (leaks & model.scored()).any() and model.scored().sum() == S - (J - 1)
 
 
 @pytest.mark.parametrize("query", QUERIES)
@@ -117,23 +117,23 @@ def test_only_the_published_query_leaves_anything_out(query):
 
 
 def test_what_is_not_scored_counts_in_no_loss_and_in_no_score():
-    room, rmt = tiny("hmt", query="paper"), tiny("rmt")
+    model, rmt = tiny("hmt", query="paper"), tiny("rmt")
     loader = lambda: data.Synthetic("recall", 4, 3 * S)
-    batch = stream.scored(loader().next(), room)
-    out = ~room.scored().repeat(3)
+    batch = stream.scored(loader().next(), model)
+    out = ~model.scored().repeat(3)
     assert (batch.y[:, out] == -1).all() and torch.equal(batch.y[:, ~out], loader().next().y[:, ~out])
-    for other, like in ((room, []), (rmt, [room])):                 # the other room is compared on the same positions
+    for other, like in ((model, []), (rmt, [model])):                 # the other model is compared on the same positions
         ours, nll, _ = next(stream.evaluate(other, loader(), like=like))
         assert torch.equal(ours.y, batch.y) and (nll[ours.y < 0] == 0).all() and (nll[ours.y >= 0] > 0).all()
-    logits = walk(room, batch.x)[0][batch.y >= 0]
-    total, _ = stream.bptt(room, stream.step_of(room), batch.x, batch.y, room.init_state(4), 1)
+    logits = walk(model, batch.x)[0][batch.y >= 0]
+    total, _ = stream.bptt(model, stream.step_of(model), batch.x, batch.y, model.init_state(4), 1)
     assert close(total, F.cross_entropy(logits, batch.y[batch.y >= 0], reduction="sum"))
 
 
 def test_the_published_query_refuses_to_stream():
-    room = tiny("hmt", query="paper")
+    model = tiny("hmt", query="paper")
     with pytest.raises(AssertionError, match="cannot stream: use prev or split"):
-        stream.Reader(room)(text(B=1)[:, :S + 1])
+        stream.Reader(model)(text(B=1)[:, :S + 1])
 
 
 # the bank
@@ -141,8 +141,8 @@ def test_the_published_query_refuses_to_stream():
 @torch.no_grad()
 @pytest.mark.parametrize("query", QUERIES)
 def test_the_oldest_memory_leaves_the_bank(query):
-    room, tokens = tiny("hmt", query=query, bank=2), text(K=5)
-    found = states(room, tokens)
+    model, tokens = tiny("hmt", query=query, bank=2), text(K=5)
+    found = states(model, tokens)
     assert [s["n"].tolist() for s in found] == [[i, i] for i in (0, 1, 2, 2, 2, 2)]
     for older, newer in zip(found, found[1:]):
         assert torch.equal(newer["bank"][:, 0], older["bank"][:, 1])
@@ -152,36 +152,36 @@ def test_the_oldest_memory_leaves_the_bank(query):
 @torch.no_grad()
 @pytest.mark.parametrize("query", QUERIES)
 def test_the_order_of_the_bank_says_nothing_to_the_search(query):
-    room, x = tiny("hmt", query=query, bank=7), text(K=1)
-    state, order = full(room), torch.randperm(7)
+    model, x = tiny("hmt", query=query, bank=7), text(K=1)
+    state, order = full(model), torch.randperm(7)
     shuffled = dict(state, bank=state["bank"][:, order])
-    assert close(room.recall(state, x), room.recall(shuffled, x), 1e-5)
-    assert close(room.weights(state, x)[:, :, order], room.weights(shuffled, x), 1e-5)
+    assert close(model.recall(state, x), model.recall(shuffled, x), 1e-5)
+    assert close(model.weights(state, x)[:, :, order], model.weights(shuffled, x), 1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("query", QUERIES)
 def test_what_is_found_lies_between_the_memories_it_is_mixed_of(query):
-    room, x = plain_gain(tiny("hmt", query=query, bank=7)), text(K=1)
-    state = full(room)
-    w, P = room.weights(state, x), room.recall(state, x)
-    assert (w >= 0).all() and torch.allclose(w.sum(-1), torch.ones(2, room.c.M), atol=1e-6)
+    model, x = plain_gain(tiny("hmt", query=query, bank=7)), text(K=1)
+    state = full(model)
+    w, P = model.weights(state, x), model.recall(state, x)
+    assert (w >= 0).all() and torch.allclose(w.sum(-1), torch.ones(2, model.c.M), atol=1e-6)
     low, high = state["bank"].amin(1), state["bank"].amax(1)
     assert (P >= low - 1e-6).all() and (P <= high + 1e-6).all()
 
 
 @torch.no_grad()
 def test_the_search_is_an_argmax_at_one_end_and_a_mean_at_the_other():
-    room = plain_gain(tiny("hmt", bank=7))
-    state = full(room)
-    w = room.weights(state)
+    model = plain_gain(tiny("hmt", bank=7))
+    state = full(model)
+    w = model.weights(state)
     same = dict(state, bank=state["bank"][:, :1].expand(-1, 7, -1, -1))
-    assert close(room.recall(same), same["bank"][:, 0], 1e-5)        # nothing to choose: any query finds it
-    room.query.weight *= 1e4
-    assert torch.equal(room.weights(state), F.one_hot(w.argmax(-1), 7).float())
-    room.query.weight.zero_()
+    assert close(model.recall(same), same["bank"][:, 0], 1e-5)        # nothing to choose: any query finds it
+    model.query.weight *= 1e4
+    assert torch.equal(model.weights(state), F.one_hot(w.argmax(-1), 7).float())
+    model.query.weight.zero_()
     uniform = plain_gain(tiny("hmt", bank=7, search="uniform"))
-    for mean in (room.recall(state), uniform.recall(state)):
+    for mean in (model.recall(state), uniform.recall(state)):
         assert close(mean, state["bank"].mean(1), 1e-5)
     half = dict(state, n=state["n"] * 0 + 3)                         # only what is filled
     assert close(uniform.recall(half), state["bank"][:, -3:].mean(1), 1e-5)
@@ -191,18 +191,18 @@ def test_the_search_is_an_argmax_at_one_end_and_a_mean_at_the_other():
 def test_a_new_search_finds_what_is_like_the_query():
     """Wq = Wk at the start: the score is a likeness of the summary and the memory."""
     torch.manual_seed(0)
-    room = nanomem.build("hmt", **{**TINY, "width": 128}, bank=7)
-    state = full(room)
-    prompt, half = room.prompt.expand(2, 1, -1), room.embed(state["ids"][:, -J:])
-    S_n = room.trunk(torch.cat([prompt, half, prompt], 1))[0][:, -1]
+    model = nanomem.build("hmt", **{**TINY, "width": 128}, bank=7)
+    state = full(model)
+    prompt, half = model.prompt.expand(2, 1, -1), model.embed(state["ids"][:, -J:])
+    S_n = model.trunk(torch.cat([prompt, half, prompt], 1))[0][:, -1]
     state["bank"][:, 3] = S_n[:, None]
-    assert (room.weights(state)[:, :, 3] > 0.9).all()
+    assert (model.weights(state)[:, :, 3] > 0.9).all()
 
 
 # gradients
 
-def search_gradients(room):
-    found = (room.prompt.grad, room.query.weight.grad, room.key.weight.grad)
+def search_gradients(model):
+    found = (model.prompt.grad, model.query.weight.grad, model.key.weight.grad)
     return [grad is not None and bool(grad.abs().sum() > 0) for grad in found]
 
 
@@ -210,29 +210,29 @@ def search_gradients(room):
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_the_search_learns_only_from_three_segments_on(query, K):
     """The one memory of a two-segment window has weight 1, whatever asks for it. The first memory always learns."""
-    room = tiny("hmt", query=query)
-    walk(room, text(K=K))[0][:, -S:].sum().backward()
-    assert search_gradients(room) == [K >= 3] * 3
-    assert room.mem.grad.abs().sum(1).min() > 0
+    model = tiny("hmt", query=query)
+    walk(model, text(K=K))[0][:, -S:].sum().backward()
+    assert search_gradients(model) == [K >= 3] * 3
+    assert model.mem.grad.abs().sum(1).min() > 0
 
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_bank_that_is_carried_over_trains_the_search_in_a_window_of_one(query):
-    room, tokens = tiny("hmt", query=query), text(K=4)
-    state = stream.detach(walk(room, tokens[:, :3 * S])[1])
-    room(tokens[:, 3 * S:], state)[0].sum().backward()
-    assert search_gradients(room) == [True] * 3
+    model, tokens = tiny("hmt", query=query), text(K=4)
+    state = stream.detach(walk(model, tokens[:, :3 * S])[1])
+    model(tokens[:, 3 * S:], state)[0].sum().backward()
+    assert search_gradients(model) == [True] * 3
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_gradient_reaches_back_through_the_window_and_no_further(K):
     """The depth of back-propagation is the window; detaching changes no logit. (`paper`, because `prev` reads the end
     of the segment before again.)"""
-    room, seen, tokens = tiny("hmt", query="paper"), [], text(K=5)
-    whole = walk(room, tokens)[0]
-    watch(room, seen)
-    state = stream.detach(walk(room, tokens[:, :(5 - K) * S])[1])
-    logits, _ = walk(room, tokens[:, (5 - K) * S:], state)
+    model, seen, tokens = tiny("hmt", query="paper"), [], text(K=5)
+    whole = walk(model, tokens)[0]
+    watch(model, seen)
+    state = stream.detach(walk(model, tokens[:, :(5 - K) * S])[1])
+    logits, _ = walk(model, tokens[:, (5 - K) * S:], state)
     assert torch.equal(logits, whole[:, (5 - K) * S:])
     logits[:, -S:].sum().backward()
     assert [y.grad is not None and bool(y.grad.abs().sum() > 0) for y in seen] == [False] * (5 - K) + [True] * K
@@ -250,13 +250,13 @@ def test_the_extra_parameters_are_two_maps_a_prompt_the_first_memory_and_a_gain(
 @pytest.mark.parametrize("query", QUERIES)
 def test_every_segment_costs_the_same_whatever_was_read(query):
     """M + k + S + M rows in the segment, M more if it is split, and half a segment between two prompts to search."""
-    room, rows = tiny("hmt", query=query, mem=5, sensory=3, bank=3), []
-    room.blocks[0].register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
-    walk(room, text(K=6))
+    model, rows = tiny("hmt", query=query, mem=5, sensory=3, bank=3), []
+    model.blocks[0].register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
+    walk(model, text(K=6))
     assert rows == [J + 2, 5 + 3 + S + 5 + (5 if query == "split" else 0)] * 6
-    room.c.search = "uniform"
+    model.c.search = "uniform"
     rows.clear()
-    walk(room, text(K=2))
+    walk(model, text(K=2))
     assert len(rows) == 2, "a mean needs no summary"
 
 
@@ -276,17 +276,17 @@ def test_pure_noise_cannot_be_predicted_but_by_looking(query):
     """A hundred steps on random tokens with a bank of random memories: what is scored stays at chance, and the
     published query learns to tell by its choice of a memory which token it has seen."""
     torch.manual_seed(0)
-    room = nanomem.build("hmt", vocab=4, layers=1, heads=2, width=32, seg=4, mem=1, sensory=0, bank=6, query=query)
-    state = full(room, B=128)
+    model = nanomem.build("hmt", vocab=4, layers=1, heads=2, width=32, seg=4, mem=1, sensory=0, bank=6, query=query)
+    state = full(model, B=128)
     state["bank"] = state["bank"][:1].expand(128, -1, -1, -1)
-    optimizer, losses = torch.optim.AdamW(room.parameters(), lr=3e-3), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for _ in range(100):
         x = torch.randint(4, (128, 5))
         state["ids"] = torch.randint(4, state["ids"].shape)
-        losses.append(F.cross_entropy(room(x[:, :4], state)[0].transpose(1, 2), x[:, 1:], reduction="none").mean(0))
+        losses.append(F.cross_entropy(model(x[:, :4], state)[0].transpose(1, 2), x[:, 1:], reduction="none").mean(0))
         losses[-1].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     loss = torch.stack(losses[50:]).mean(0)
-    assert (loss[room.scored()] > math.log(4) - 0.01).all()
-    assert query != "paper" or (loss[~room.scored()] < math.log(4) - 0.1).all()
+    assert (loss[model.scored()] > math.log(4) - 0.01).all()
+    assert query != "paper" or (loss[~model.scored()] < math.log(4) - 0.1).all()

@@ -7,13 +7,13 @@ from torch.nn import functional as F
 
 import bench
 import nanomem
-import test_room
+import test_laws
 import train
 from nanomem import data, stream
 from nanomem.cli import UserError
 
 from conftest import TINY, tiny
-from test_room import S, V, close, text, walk, watch
+from test_laws import S, V, close, text, walk, watch
 
 OPTIONS = [{}, dict(bidir=True), dict(back=True), dict(bidir=True, back=True)]
 IDS = ["plain", "bidir", "back", "bidir+back"]
@@ -22,18 +22,18 @@ IDS = ["plain", "bidir", "back", "bidir+back"]
 def writer(tau=0.25, M=5, T=8, seed=0):
     """A writer in float64 with random weights, slots of RMS 1 and hidden states to write."""
     torch.manual_seed(seed)
-    room = tiny("memformer", mem=M, tau=tau, seed=seed).double()
-    mem = room.writer.normalise(torch.randn(2, M, 32, dtype=torch.double))
-    return room.writer, mem, torch.randn(2, T, 32, dtype=torch.double)
+    model = tiny("memformer", mem=M, tau=tau, seed=seed).double()
+    mem = model.writer.normalise(torch.randn(2, M, 32, dtype=torch.double))
+    return model.writer, mem, torch.randn(2, T, 32, dtype=torch.double)
 
 
 # the laws hold for its options too
 
 @pytest.mark.parametrize("law", [
-    test_room.test_the_state_is_a_flat_dict_of_fixed_shape, test_room.test_a_reader_predicts_what_the_walk_predicts,
-    test_room.test_no_token_sees_the_future, test_room.test_the_state_is_the_only_channel,
-    test_room.test_a_fresh_row_starts_from_nothing_and_the_others_go_on,
-    test_room.test_gradient_reaches_every_parameter, test_room.test_replay_gives_the_gradients_of_bptt])
+    test_laws.test_the_state_is_a_flat_dict_of_fixed_shape, test_laws.test_a_reader_predicts_what_the_walk_predicts,
+    test_laws.test_no_token_sees_the_future, test_laws.test_the_state_is_the_only_channel,
+    test_laws.test_a_fresh_row_starts_from_nothing_and_the_others_go_on,
+    test_laws.test_gradient_reaches_every_parameter, test_laws.test_replay_gives_the_gradients_of_bptt])
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=IDS[1:])
 def test_the_laws_hold_with_options(law, options):
     law(tiny("memformer", **options))
@@ -42,23 +42,23 @@ def test_the_laws_hold_with_options(law, options):
 @torch.no_grad()
 def test_back_sees_the_segment_before_and_nothing_older_but_through_memory():
     """One causal pass over two segments, in which every position reads the same slots."""
-    room, tokens = tiny("memformer", back=True), text()
-    _, state = walk(room, tokens[:, :2 * S])
-    slots = [reader.slots(state["mem"]) for reader in room.readers]
-    h, _ = room.trunk(room.embed(tokens[:, S:]), slots)
-    assert close(room(tokens[:, 2 * S:], state)[0], room.head(h[:, S:]))
+    model, tokens = tiny("memformer", back=True), text()
+    _, state = walk(model, tokens[:, :2 * S])
+    slots = [reader.slots(state["mem"]) for reader in model.readers]
+    h, _ = model.trunk(model.embed(tokens[:, S:]), slots)
+    assert close(model(tokens[:, 2 * S:], state)[0], model.head(h[:, S:]))
     plain = tiny("memformer")
-    first = room(tokens[:, :S], room.init_state(2))[0]                     # nothing was read yet: nothing to see
+    first = model(tokens[:, :S], model.init_state(2))[0]                     # nothing was read yet: nothing to see
     assert close(first, plain(tokens[:, :S], plain.init_state(2))[0])
 
 
 @torch.no_grad()
 def test_with_bidir_what_is_written_of_a_token_depends_on_later_ones():
     for options, moves in (({}, False), (dict(bidir=True), True)):
-        room, x = tiny("memformer", **options), text(K=1)
+        model, x = tiny("memformer", **options), text(K=1)
         other = x.clone()
         other[:, -1] = (other[:, -1] + 1) % V
-        seen = [room.finished(room.extend(t, room.read(room.init_state(2)))[1][-1])[:, 0] for t in (x, other)]
+        seen = [model.finished(model.extend(t, model.read(model.init_state(2)))[1][-1])[:, 0] for t in (x, other)]
         assert (not torch.equal(*seen)) == moves
 
 
@@ -66,8 +66,8 @@ def test_with_bidir_what_is_written_of_a_token_depends_on_later_ones():
 
 @torch.no_grad()
 def test_every_token_reads_all_slots_whatever_their_order():
-    room = tiny("memformer", mem=7)
-    reader, mem, x = room.readers[0], torch.randn(2, 7, 32), torch.randn(2, 5, 32)
+    model = tiny("memformer", mem=7)
+    reader, mem, x = model.readers[0], torch.randn(2, 7, 32), torch.randn(2, 5, 32)
     q = reader.query(x)
     k, v = reader.kv(mem).chunk(2, -1)
     slow = torch.cat([(q[..., a] @ k[..., a].mT / 4).softmax(-1) @ v[..., a] for a in (slice(16), slice(16, 32))], -1)
@@ -78,11 +78,11 @@ def test_every_token_reads_all_slots_whatever_their_order():
 
 @torch.no_grad()
 def test_the_slots_are_projected_once_a_segment():
-    room, calls = tiny("memformer"), []
-    room.readers[0].kv.register_forward_hook(lambda *_: calls.append(1))
-    cache = room.read(room.init_state(2))
+    model, calls = tiny("memformer"), []
+    model.readers[0].kv.register_forward_hook(lambda *_: calls.append(1))
+    cache = model.read(model.init_state(2))
     for x in text(K=1).split(4, 1):
-        cache = room.extend(x, cache)[1]
+        cache = model.extend(x, cache)[1]
     assert len(calls) == 1
 
 
@@ -152,28 +152,28 @@ def test_the_temperature_runs_from_softmax_to_the_largest():
 
 @torch.no_grad()
 def test_the_weights_of_a_segment_are_those_it_is_written_with():
-    room, x = tiny("memformer", bidir=True), text()[:, S:2 * S]
-    _, state = walk(room, text()[:, :S])
-    w, seen = room.weights(x, state), []
-    room.writer.register_forward_hook(lambda m, args, y: seen.append(m.weights(*args)))
-    room(x, state)
-    assert w.shape == (2, 2, room.c.M, 1 + S) and close(w.sum(-1), torch.ones(2, 2, room.c.M)) and close(w, seen[0])
+    model, x = tiny("memformer", bidir=True), text()[:, S:2 * S]
+    _, state = walk(model, text()[:, :S])
+    w, seen = model.weights(x, state), []
+    model.writer.register_forward_hook(lambda m, args, y: seen.append(m.weights(*args)))
+    model(x, state)
+    assert w.shape == (2, 2, model.c.M, 1 + S) and close(w.sum(-1), torch.ones(2, 2, model.c.M)) and close(w, seen[0])
 
 
 # forgetting
 
 @torch.no_grad()
 def test_slots_keep_their_norm_for_a_thousand_segments():
-    room, tokens = tiny("memformer", seg=4), text(B=1, K=125)
-    state = room.init_state(1)
+    model, tokens = tiny("memformer", seg=4), text(B=1, K=125)
+    state = model.init_state(1)
     rms = lambda: state["mem"].square().mean(-1).sqrt()
     assert (rms() - 1).abs().max() < 1e-5
     for x in tokens.split(4, 1):
-        _, state = room(x, state)
+        _, state = model(x, state)
         assert (rms() - 1).abs().max() < 1e-5
     assert state["mem"].shape == (1, 8, 32) and state["mem"].dtype == torch.float32
-    room.writer.v.zero_()
-    assert room.writer.normalise(torch.zeros(1, 8, 32)).isfinite().all()
+    model.writer.v.zero_()
+    assert model.writer.normalise(torch.zeros(1, 8, 32)).isfinite().all()
 
 
 def retaining(beta):
@@ -213,36 +213,36 @@ def test_a_slot_that_is_not_refreshed_turns_towards_its_forgetting_vector(beta):
 
 @torch.no_grad()
 def test_memory_begins_at_the_forgetting_vectors():
-    room = tiny("memformer")
-    assert close(room.init_state(3)["mem"], F.normalize(room.writer.v, dim=-1).expand(3, -1, -1) * 32 ** 0.5)
+    model = tiny("memformer")
+    assert close(model.init_state(3)["mem"], F.normalize(model.writer.v, dim=-1).expand(3, -1, -1) * 32 ** 0.5)
 
 
 @torch.no_grad()
 def test_at_the_start_a_slot_weighs_as_much_as_the_whole_segment_and_slots_differ():
     torch.manual_seed(0)
     for seg, width in ((16, 64), (128, 128)):
-        room = nanomem.build("memformer", vocab=V, layers=2, heads=2, width=width, seg=seg)
-        state = room.init_state(4)
+        model = nanomem.build("memformer", vocab=V, layers=2, heads=2, width=width, seg=seg)
+        state = model.init_state(4)
         for x in torch.randint(V, (4, 8 * seg)).split(seg, 1):
-            kept = room.weights(x, state)[..., 0]
-            _, state = room(x, state)
+            kept = model.weights(x, state)[..., 0]
+            _, state = model(x, state)
         assert 0.2 < kept.mean() < 0.8
         u = F.normalize(state["mem"], dim=-1)
-        assert ((u @ u.mT).sum((1, 2)) - room.c.M).max() / (room.c.M * (room.c.M - 1)) < 0.9   # mean cosine of others
+        assert ((u @ u.mT).sum((1, 2)) - model.c.M).max() / (model.c.M * (model.c.M - 1)) < 0.9   # mean cosine of others
 
 
 def test_forgetting_vectors_do_not_decay():
-    room = nanomem.build("memformer", **TINY)
-    decay = {id(p): g["weight_decay"] for g in train.optimizer_of(room, train.Run()).param_groups for p in g["params"]}
-    assert decay[id(room.writer.v)] == 0 and decay[id(room.writer.key.weight)] > 0
+    model = nanomem.build("memformer", **TINY)
+    decay = {id(p): g["weight_decay"] for g in train.optimizer_of(model, train.Run()).param_groups for p in g["params"]}
+    assert decay[id(model.writer.v)] == 0 and decay[id(model.writer.key.weight)] > 0
 
 
 # back-propagation through time
 
-def gradients(walk, room, begin, tokens=text(K=6)):
-    room.zero_grad()
-    loss, state = walk(room, stream.step_of(room), tokens, tokens.roll(-1, 1), begin(), 1 / tokens.numel())
-    return loss, state, {n: p.grad for n, p in room.named_parameters()}
+def gradients(walk, model, begin, tokens=text(K=6)):
+    model.zero_grad()
+    loss, state = walk(model, stream.step_of(model), tokens, tokens.roll(-1, 1), begin(), 1 / tokens.numel())
+    return loss, state, {n: p.grad for n, p in model.named_parameters()}
 
 
 def furthest(one, two):
@@ -253,77 +253,77 @@ def furthest(one, two):
 @pytest.mark.parametrize("way", [stream.replay, bench.checkpointed], ids=["replay", "checkpoint"])
 def test_replay_and_checkpoints_are_exact(way, dtype, tolerance):
     """A row goes on and a row begins, so that v learns from the first memory as well."""
-    room = tiny("memformer").to(dtype)
-    carried = stream.detach(walk(room, text())[1])
-    begin = lambda: stream.enter(room, carried, torch.tensor([True, False]))
-    (loss, state, grad), (loss2, state2, grad2) = (gradients(w, room, begin) for w in (stream.bptt, way))
+    model = tiny("memformer").to(dtype)
+    carried = stream.detach(walk(model, text())[1])
+    begin = lambda: stream.enter(model, carried, torch.tensor([True, False]))
+    (loss, state, grad), (loss2, state2, grad2) = (gradients(w, model, begin) for w in (stream.bptt, way))
     assert furthest(grad, grad2) < tolerance and torch.allclose(loss, loss2) and close(state, state2, tolerance)
     assert grad["writer.v"].norm() > 0
 
 
 def test_without_back_propagation_through_memory_the_writer_learns_nothing():
-    room = tiny("memformer")
-    cut = lambda x, y, state, step=stream.step_of(room): step(x, y, stream.detach(state))
-    _, _, whole = gradients(stream.bptt, room, lambda: room.init_state(2))
-    room.zero_grad()
+    model = tiny("memformer")
+    cut = lambda x, y, state, step=stream.step_of(model): step(x, y, stream.detach(state))
+    _, _, whole = gradients(stream.bptt, model, lambda: model.init_state(2))
+    model.zero_grad()
     tokens = text(K=6)
-    stream.bptt(room, cut, tokens, tokens.roll(-1, 1), room.init_state(2), 1 / tokens.numel())
-    assert all(p.grad is None for p in room.writer.parameters())
-    assert (room.readers[0].kv.weight.grad - whole["readers.0.kv.weight"]).norm() > 0
+    stream.bptt(model, cut, tokens, tokens.roll(-1, 1), model.init_state(2), 1 / tokens.numel())
+    assert all(p.grad is None for p in model.writer.parameters())
+    assert (model.readers[0].kv.weight.grad - whole["readers.0.kv.weight"]).norm() > 0
 
 
 def test_a_row_that_begins_anew_sends_no_gradient_into_the_memory_before():
-    room = tiny("memformer")
-    mem = walk(room, text())[1]["mem"].detach().requires_grad_()
-    begin = stream.enter(room, dict(mem=mem), torch.tensor([True, False]))
-    gradients(stream.bptt, room, lambda: begin)
+    model = tiny("memformer")
+    mem = walk(model, text())[1]["mem"].detach().requires_grad_()
+    begin = stream.enter(model, dict(mem=mem), torch.tensor([True, False]))
+    gradients(stream.bptt, model, lambda: begin)
     assert mem.grad[0].abs().sum() == 0 and mem.grad[1].abs().sum() > 0
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_a_question_teaches_the_writing_of_k_segments_and_no_more(K):
     """A loss on the last of five segments moves the embeddings of every segment since the memory was detached."""
-    room, seen, tokens = tiny("memformer"), [], text(K=5)
-    watch(room, seen)
-    state = stream.detach(walk(room, tokens[:, :(5 - K) * S])[1]) if K < 5 else None
-    walk(room, tokens[:, (5 - K) * S:], state)[0][:, -S:].sum().backward()
+    model, seen, tokens = tiny("memformer"), [], text(K=5)
+    watch(model, seen)
+    state = stream.detach(walk(model, tokens[:, :(5 - K) * S])[1]) if K < 5 else None
+    walk(model, tokens[:, (5 - K) * S:], state)[0][:, -S:].sum().backward()
     assert [y.grad is not None and bool(y.grad.abs().sum() > 0) for y in seen] == [False] * (5 - K) + [True] * K
-    assert (room.writer.key.weight.grad is None) == (K == 1)
+    assert (model.writer.key.weight.grad is None) == (K == 1)
 
 
 def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
-    room = tiny("memformer")
+    model = tiny("memformer")
     tokens = {K: text(K=K) for K in (4, 16)}
 
     def peak(walk, K):
-        run = lambda: walk(room, stream.step_of(room), tokens[K], tokens[K], room.init_state(2), 1.0)
+        run = lambda: walk(model, stream.step_of(model), tokens[K], tokens[K], model.init_state(2), 1.0)
         run()
         with bench.LiveBytes() as live:
             run()
         return live.peak
     assert 3.7 < peak(stream.bptt, 16) / peak(stream.bptt, 4) < 4.3
     grown = peak(stream.replay, 16) - peak(stream.replay, 4)
-    assert 0 <= grown - 12 * 2 * stream.nbytes(room.init_state(1)) < 0.02 * peak(stream.replay, 4)
+    assert 0 <= grown - 12 * 2 * stream.nbytes(model.init_state(1)) < 0.02 * peak(stream.replay, 4)
 
 
 def test_in_bfloat16_gradients_are_finite_and_memory_stays_float32():
-    room, tokens = tiny("memformer", bidir=True), text()
-    _, state = stream.replay(room, stream.step_of(room, torch.bfloat16), tokens, tokens, room.init_state(2), 0.01)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in room.parameters())
+    model, tokens = tiny("memformer", bidir=True), text()
+    _, state = stream.replay(model, stream.step_of(model, torch.bfloat16), tokens, tokens, model.init_state(2), 0.01)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert state["mem"].dtype == torch.float32 and (state["mem"] != state["mem"].bfloat16()).any()
 
 
 @pytest.mark.slow
 def test_compiled_replay_is_two_graphs():
     from torch._dynamo.utils import counters
-    room, tokens = tiny("memformer"), text(K=6)
-    _, _, eager = gradients(stream.bptt, room, lambda: room.init_state(2))
+    model, tokens = tiny("memformer"), text(K=6)
+    _, _, eager = gradients(stream.bptt, model, lambda: model.init_state(2))
     torch._dynamo.reset(), counters.clear()
-    step = stream.step_of(room, compile=True)
+    step = stream.step_of(model, compile=True)
     for _ in range(2):
-        room.zero_grad()
-        stream.replay(room, step, tokens, tokens.roll(-1, 1), room.init_state(2), 1 / tokens.numel())
-    assert furthest(eager, {n: p.grad for n, p in room.named_parameters()}) < 1e-4
+        model.zero_grad()
+        stream.replay(model, step, tokens, tokens.roll(-1, 1), model.init_state(2), 1 / tokens.numel())
+    assert furthest(eager, {n: p.grad for n, p in model.named_parameters()}) < 1e-4
     assert counters["stats"]["unique_graphs"] <= 2
 
 
@@ -333,10 +333,10 @@ def test_compiled_replay_is_two_graphs():
 def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
     """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: it is learned, and remembered for fifteen.
     Windows shorter than the gap are no control at chance: a reader can learn to use what an untaught writer leaves."""
-    train.main(["--room=memformer", "--data=planted", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
+    train.main(["--model=memformer", "--data=planted", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
                 "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--validate=125", f"--out={tmp_path}"])
-    room, right, asked = nanomem.load(tmp_path)[0], 0, 0
-    for batch, _, hit in stream.evaluate(room, data.Synthetic("planted", 64, 16 * 16, seed=2), 4):
+    model, right, asked = nanomem.load(tmp_path)[0], 0, 0
+    for batch, _, hit in stream.evaluate(model, data.Synthetic("planted", 64, 16 * 16, seed=2), 4):
         late = batch.at >= 4 * 16
         right, asked = right + hit[late].sum().item(), asked + late.sum().item()
     assert right / asked > 0.9
@@ -344,14 +344,14 @@ def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
 
 def test_a_few_steps_make_it_use_its_memory():
     torch.manual_seed(0)
-    room, tokens = nanomem.build("memformer", **TINY), text(K=4)
-    optimizer = torch.optim.AdamW(room.parameters(), 1e-3)
+    model, tokens = nanomem.build("memformer", **TINY), text(K=4)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(5):
-        gradients(stream.bptt, room, lambda: room.init_state(2), tokens)
+        gradients(stream.bptt, model, lambda: model.init_state(2), tokens)
         optimizer.step()
     with torch.no_grad():
-        _, state = walk(room, tokens)
-        assert not close(room(tokens[:, :S], state)[0], room(tokens[:, :S], room.init_state(2))[0], 1e-3)
+        _, state = walk(model, tokens)
+        assert not close(model(tokens[:, :S], state)[0], model(tokens[:, :S], model.init_state(2))[0], 1e-3)
 
 
 @pytest.mark.parametrize("fields, why", [(dict(mem=-2), "counts memory slots, got -2"), (dict(tau=0.0), "got 0.0")])

@@ -7,49 +7,50 @@ from torch.nn import functional as F
 
 import nanomem
 import train
-from nanomem import data, gpt, mplus, stream
-from nanomem.gpt import norm
-from nanomem.mplus import DRAWS
+from nanomem import data, stream
+from nanomem.models import gpt, mplus
+from nanomem.models.gpt import norm
+from nanomem.models.mplus import DRAWS
 
 from conftest import TINY, tiny
-from test_room import S, V, close, text, walk, watch
+from test_laws import S, V, close, text, walk, watch
 
 SMALL = dict(layers=3, rows=4, slots=16, found=6, store=40, query=3)   # N/K = 4: the store fills within a few writes
 
 
 def small(name="mplus", **fields):
     fields = {**SMALL, **fields}
-    room = tiny(name, **(fields if name == "mplus" else {k: fields[k] for k in ("layers", "rows", "slots")}))
-    if room.c.M:
-        room.f_q.out.data *= 0.2      # no score so near to 1 that float32 sees ties
-    return room
+    model = tiny(name, **(fields if name == "mplus" else {k: fields[k] for k in ("layers", "rows", "slots")}))
+    if model.c.M:
+        model.f_q.out.data *= 0.2      # no score so near to 1 that float32 sees ties
+    return model
 
 
-def after(room, n=12, B=2, seed=0):
+def after(model, n=12, B=2, seed=0):
     """The state after n segments."""
-    return walk(room, text(B=B, K=n, seed=seed))[1] if n else room.init_state(B)
+    return walk(model, text(B=B, K=n, seed=seed))[1] if n else model.init_state(B)
 
 
-def slow(room, l, x, rows, real):
+def slow(model, l, x, rows, real):
     """What layer l makes of x (S, C), one row at a time: row i attends to the memory rows (P, C) that are real and to
     the rows up to itself; positions run on through both."""
-    block, P, y = room.blocks[l], len(rows), []
-    q, k, v = block.attention.qkv(norm(torch.cat([rows, x]))).view(P + len(x), 3, room.c.heads, -1).unbind(1)
-    turn = gpt.angles(torch.arange(P + len(x)), room.c.head_dim)[:, None]
+    block, P, y = model.blocks[l], len(rows), []
+    q, k, v = block.attention.qkv(norm(torch.cat([rows, x]))).view(P + len(x), 3, model.c.heads, -1).unbind(1)
+    turn = gpt.angles(torch.arange(P + len(x)), model.c.head_dim)[:, None]
     q, k = gpt.rotate(norm(q), turn), gpt.rotate(norm(k), turn)
     for i in range(P, P + len(x)):
         j = torch.cat([real.nonzero()[:, 0], torch.arange(P, i + 1)])
-        w = (torch.einsum("hd,jhd->hj", q[i], k[j]) / math.sqrt(room.c.head_dim)).softmax(-1)
+        w = (torch.einsum("hd,jhd->hj", q[i], k[j]) / math.sqrt(model.c.head_dim)).softmax(-1)
         y.append(torch.einsum("hj,jhd->hd", w, v[j]).flatten())
     x = x + block.attention.out(torch.stack(y))
     return x + block.mlp(norm(x))
 
 
-def best(room, l, q, state):
+def best(model, l, q, state):
     """Births and vectors of layer l's store (of a single row) that score best for queries q (m, r), oldest first."""
     scored = [(sum(torch.sigmoid(qi @ key).item() for qi in q) / len(q), birth.item(), vector) for vector, key, birth
               in zip(*(state[k][0, l] for k in ("old", "key", "old_birth"))) if birth >= 0]
-    top = sorted(sorted(scored, key=lambda s: -s[0])[:room.c.K0], key=lambda s: s[1])
+    top = sorted(sorted(scored, key=lambda s: -s[0])[:model.c.K0], key=lambda s: s[1])
     return [birth for _, birth, _ in top], [vector for *_, vector in top]
 
 
@@ -59,37 +60,37 @@ def best(room, l, q, state):
 @pytest.mark.parametrize("n", [0, 1, 3, 12])
 @pytest.mark.parametrize("ask", ["lag", "self"])
 def test_a_read_is_one_softmax_over_found_start_pool_and_segment(ask, n):
-    room, tokens = small(ask=ask), text(B=1, K=1, seed=9)
-    state, x, c = after(room, n, B=1), room.embed(tokens)[0], room.c
+    model, tokens = small(ask=ask), text(B=1, K=1, seed=9)
+    state, x, c = after(model, n, B=1), model.embed(tokens)[0], model.c
     for l in range(c.layers):
-        births, found = best(room, l, state["probe"][0, l] if ask == "lag" else room.f_q(x[:c.m], l), state)
+        births, found = best(model, l, state["probe"][0, l] if ask == "lag" else model.f_q(x[:c.m], l), state)
         blank = torch.zeros(c.K0 - len(found), c.width)
         real = torch.arange(c.K0 + 1) >= len(blank)
-        rows = torch.cat([blank, *[v[None] for v in found], room.start[l], state["pool"][0, l]])
-        x = slow(room, l, x, rows, torch.cat([real, state["birth"][0, l] >= 0]))
+        rows = torch.cat([blank, *[v[None] for v in found], model.start[l], state["pool"][0, l]])
+        x = slow(model, l, x, rows, torch.cat([real, state["birth"][0, l] >= 0]))
         assert births == sorted(births) and len(found) == min(c.K0, (state["old_birth"][0, l] >= 0).sum())
-    assert close(room(tokens, state)[0][0], room.head(norm(x)))
+    assert close(model(tokens, state)[0][0], model.head(norm(x)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [0, 1, 12])
 def test_a_write_puts_the_last_rows_of_every_layer_at_the_end_of_its_pool(n):
     """From a pass that sees the K newest vectors and nothing else of the past, with the marker on its last K rows."""
-    room, tokens = small(), text(B=1, K=1, seed=9)
-    state, x, K = after(room, n, B=1), room.embed(tokens)[0], room.c.K
-    pool = room(tokens, state)[1]["pool"]
-    for l in range(room.c.layers):
-        x[-K:] += room.marker
-        rows = torch.cat([room.start[l], state["pool"][0, l, -K:]])
-        x = slow(room, l, x, rows, torch.arange(K + 1) < (K + 1 if n else 1))
+    model, tokens = small(), text(B=1, K=1, seed=9)
+    state, x, K = after(model, n, B=1), model.embed(tokens)[0], model.c.K
+    pool = model(tokens, state)[1]["pool"]
+    for l in range(model.c.layers):
+        x[-K:] += model.marker
+        rows = torch.cat([model.start[l], state["pool"][0, l, -K:]])
+        x = slow(model, l, x, rows, torch.arange(K + 1) < (K + 1 if n else 1))
         assert close(pool[0, l, -K:], x[-K:])
 
 
 @torch.no_grad()
 def test_a_write_sees_only_the_newest_k_of_the_pool_and_nothing_of_the_store():
-    room, x = small(), text(K=1)
-    state, K = after(room), room.c.K
-    new = lambda **changed: room(x, {**state, **changed})[1]["pool"][:, :, -K:]
+    model, x = small(), text(K=1)
+    state, K = after(model), model.c.K
+    new = lambda **changed: model(x, {**state, **changed})[1]["pool"][:, :, -K:]
     other = [state["pool"].clone(), state["pool"].clone()]
     other[0][:, :, -K - 1] += 1
     other[1][:, :, -1] += 1
@@ -100,21 +101,21 @@ def test_a_write_sees_only_the_newest_k_of_the_pool_and_nothing_of_the_store():
 @torch.no_grad()
 def test_memory_rows_are_read_only():
     """They pass no query, no output map and no MLP: S rows do in a read, S in a write."""
-    room, rows = small(), []
+    model, rows = small(), []
     for name in ("attention.out", "attention.qkv", "mlp"):
-        room.blocks[1].get_submodule(name).register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
-    after(room, 3)
+        model.blocks[1].get_submodule(name).register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
+    after(model, 3)
     assert rows == [S] * (3 * 2 * 3)
 
 
 @torch.no_grad()
 def test_memory_rows_have_an_order_and_it_is_all_in_their_positions(monkeypatch):
-    room, x = small("memoryllm"), text(K=1)
-    state = after(room)
+    model, x = small("memoryllm"), text(K=1)
+    state = after(model)
     mixed = dict(state, pool=state["pool"].flip(2), birth=state["birth"].flip(2))
-    assert not close(room(x, state)[0], room(x, mixed)[0])
+    assert not close(model(x, state)[0], model(x, mixed)[0])
     monkeypatch.setattr(mplus, "angles", lambda pos, D: gpt.angles(0 * pos, D))
-    assert close(room(x, state)[0], room(x, mixed)[0])
+    assert close(model(x, state)[0], model(x, mixed)[0])
 
 
 # forgetting
@@ -122,12 +123,12 @@ def test_memory_rows_have_an_order_and_it_is_all_in_their_positions(monkeypatch)
 @torch.no_grad()
 def test_a_write_drops_k_of_each_layer_and_keeps_the_order_of_the_others():
     """Births are tags: vectors travel with theirs, none is made or lost, and the store gets exactly what fell out."""
-    room = small(store=400)
-    state, K = after(room, 5), room.c.K
+    model = small(store=400)
+    state, K = after(model, 5), model.c.K
     for x in text(K=12, seed=3).split(S, 1):
-        old, state = state, room(x, state)[1]
+        old, state = state, model(x, state)[1]
         for b in range(2):
-            for l in range(room.c.layers):
+            for l in range(model.c.layers):
                 tags = lambda s, name: [t for t in s[name][b, l].tolist() if t >= 0]
                 was, now, gone = tags(old, "birth"), tags(state, "birth"), set(tags(state, "old_birth"))
                 assert sorted(now) == now and set(now[:-K]) < set(was) and min(now[-K:]) > max(was)
@@ -136,17 +137,17 @@ def test_a_write_drops_k_of_each_layer_and_keeps_the_order_of_the_others():
                 for name, at in (("pool", "birth"), ("old", "old_birth")):
                     for t, v in zip(state[at][b, l].tolist(), state[name][b, l]):
                         assert t not in vectors or t < 0 or torch.equal(v, vectors[t])
-        assert (state["birth"] >= 0).sum(2).eq(room.c.N).all() or len(now) < room.c.N
+        assert (state["birth"] >= 0).sum(2).eq(model.c.N).all() or len(now) < model.c.N
 
 
 def survivors(t, N, K, lanes=DRAWS, layers=3):
-    """Births in the pool after the first write and t more, (lanes, L, N), of a room that reads nothing."""
-    room = nanomem.build("memoryllm", **{**TINY, "seg": K, "layers": layers}, rows=K, slots=N)
-    state = room.init_state(lanes)
+    """Births in the pool after the first write and t more, (lanes, L, N), of a model that reads nothing."""
+    model = nanomem.build("memoryllm", **{**TINY, "seg": K, "layers": layers}, rows=K, slots=N)
+    state = model.init_state(lanes)
     state["birth"] = -2 - torch.arange(N).expand_as(state["birth"])      # a pool that was filled before
     with torch.no_grad():
         for _ in range(t):
-            state = room.write((None, torch.zeros(lanes, K, dtype=torch.long), []), state)
+            state = model.write((None, torch.zeros(lanes, K, dtype=torch.long), []), state)
     return state["birth"]
 
 
@@ -165,8 +166,8 @@ def test_a_vector_survives_t_writes_with_probability_1_minus_k_over_n_to_the_t(N
 
 
 def test_every_slot_of_every_layer_drops_alike_and_on_its_own():
-    room = nanomem.build("memoryllm", **{**TINY, "layers": 3}, rows=8, slots=64)
-    gone = torch.zeros(DRAWS, 3, 64).scatter(2, room.dice[:, :, -8:], 1)
+    model = nanomem.build("memoryllm", **{**TINY, "layers": 3}, rows=8, slots=64)
+    gone = torch.zeros(DRAWS, 3, 64).scatter(2, model.dice[:, :, -8:], 1)
     assert (gone.sum(2) == 8).all()
     expected = DRAWS * 8 / 64
     chi2 = ((gone.sum(0) - expected) ** 2 / (expected * (1 - 8 / 64))).sum(1) * 63 / 64
@@ -180,10 +181,10 @@ def test_every_slot_of_every_layer_drops_alike_and_on_its_own():
 @torch.no_grad()
 def test_the_store_keeps_the_youngest_of_all_that_was_dropped():
     """Against a list, over 200 writes: what fell out is added, and above M the smallest births go."""
-    room = small(store=13, layers=2)
-    state, listed = room.init_state(1), [[], []]
+    model = small(store=13, layers=2)
+    state, listed = model.init_state(1), [[], []]
     for x in text(B=1, K=200).split(S, 1):
-        old, state = state, room(x, state)[1]
+        old, state = state, model(x, state)[1]
         for l in range(2):
             pool = {t.item(): v for t, v in zip(old["birth"][0, l], old["pool"][0, l]) if t >= 0}
             listed[l] += [(t, v) for t, v in pool.items() if t not in state["birth"][0, l]]
@@ -194,30 +195,30 @@ def test_the_store_keeps_the_youngest_of_all_that_was_dropped():
 
 @torch.no_grad()
 def test_the_key_of_every_stored_vector_is_its_projection():
-    room = small()
-    state = after(room, 30)
-    assert (state["old_birth"] >= 0).all() and close(state["key"], room.f_k(state["old"]))
+    model = small()
+    state = after(model, 30)
+    assert (state["old_birth"] >= 0).all() and close(state["key"], model.f_k(state["old"]))
 
 
 @torch.no_grad()
 def test_the_best_are_found_and_come_oldest_first_however_they_are_stored():
-    room, x = small(), text(B=1, K=1, seed=9)
+    model, x = small(), text(B=1, K=1, seed=9)
     for n in (3, 5, 30):
-        state = after(room, n, B=1)
-        order = torch.randperm(room.c.M)
+        state = after(model, n, B=1)
+        order = torch.randperm(model.c.M)
         mixed = {**state, **{k: state[k][:, :, order] for k in ("old", "key", "old_birth")}}
-        assert close(room(x, mixed)[0], room(x, state)[0])
-        for l in range(room.c.layers):
-            births, vectors = best(room, l, state["probe"][0, l], state)
-            rows, real = room.search(l, state["probe"][:, l], mixed)
+        assert close(model(x, mixed)[0], model(x, state)[0])
+        for l in range(model.c.layers):
+            births, vectors = best(model, l, state["probe"][0, l], state)
+            rows, real = model.search(l, state["probe"][:, l], mixed)
             assert births == sorted(births) and close(rows[real], torch.stack(vectors))
 
 
 @torch.no_grad()
 def test_an_empty_store_or_none_of_it_is_memoryllm():
     plus, llm, none = small(), small("memoryllm"), small(found=0)
-    for room in (llm, none):
-        room.load_state_dict(plus.state_dict(), strict=False)
+    for model in (llm, none):
+        model.load_state_dict(plus.state_dict(), strict=False)
     tokens = text(K=12)
     assert torch.equal(walk(llm, tokens)[0], walk(none, tokens)[0])
     state = plus.init_state(2)
@@ -231,44 +232,44 @@ def test_an_empty_store_or_none_of_it_is_memoryllm():
 
 @torch.no_grad()
 def test_what_is_remembered_has_one_size():
-    room = small()
-    one, many = after(room, 1), after(room, 200, B=2)
+    model = small()
+    one, many = after(model, 1), after(model, 200, B=2)
     assert stream.nbytes(one) == stream.nbytes(many)
     assert (many["birth"] >= 0).all() and (many["birth"][:, :, -1] == many["step"][:, None] * 4 - 1).all()
 
 
 @torch.no_grad()
 def test_rows_of_a_batch_draw_differently_and_can_change_places():
-    room, tokens = small(), text(B=3)
-    state, turn = after(room, B=3), torch.tensor([2, 0, 1])
+    model, tokens = small(), text(B=3)
+    state, turn = after(model, B=3), torch.tensor([2, 0, 1])
     assert not torch.equal(state["birth"][0] // 4 - state["step"][0], state["birth"][1] // 4 - state["step"][1])
-    logits, out = walk(room, tokens, state)
-    moved, other = walk(room, tokens[turn], {k: v[turn] for k, v in state.items()})
+    logits, out = walk(model, tokens, state)
+    moved, other = walk(model, tokens[turn], {k: v[turn] for k, v in state.items()})
     assert close(moved, logits[turn]) and close(other, {k: v[turn] for k, v in out.items()})
 
 
 # the searcher: its gradient, its loss, and when it asks
 
 def test_gradient_goes_one_write_deep_and_never_into_the_store():
-    room, seen = small(), []
-    state = stream.detach(after(room))
-    watch(room, seen)
-    one = room(text(K=1, seed=5), state)[1]
-    two = room(text(K=1, seed=6), one)[1]
-    logits = room(text(K=1, seed=7), two)[0]
+    model, seen = small(), []
+    state = stream.detach(after(model))
+    watch(model, seen)
+    one = model(text(K=1, seed=5), state)[1]
+    two = model(text(K=1, seed=6), one)[1]
+    logits = model(text(K=1, seed=7), two)[0]
     assert not any(two[k].requires_grad for k in ("old", "key", "probe"))
     read1, write1, read2, write2, *_ = seen
     grad = lambda y, *of: [g is not None and bool(g.abs().sum() > 0) for g in
                            torch.autograd.grad(y.sum(), of, retain_graph=True, allow_unused=True)]
-    assert grad(logits, write1, write2, room.marker, read1, read2) == [True, True, True, False, False]
-    assert grad(two["pool"][:, :, -room.c.K:], write1, write2) == [False, True]   # what a write sees is detached
+    assert grad(logits, write1, write2, model.marker, read1, read2) == [True, True, True, False, False]
+    assert grad(two["pool"][:, :, -model.c.K:], write1, write2) == [False, True]   # what a write sees is detached
 
 
 def test_the_searcher_learns_from_its_own_loss_and_nothing_else_does():
-    room, tokens = small(), text(K=3)
-    logits, state = walk(room, tokens)
-    searcher = [*room.f_q.parameters(), *room.f_k.parameters()]
-    others = [p for p in room.parameters() if all(p is not q for q in searcher)]
+    model, tokens = small(), text(K=3)
+    logits, state = walk(model, tokens)
+    searcher = [*model.f_q.parameters(), *model.f_k.parameters()]
+    others = [p for p in model.parameters() if all(p is not q for q in searcher)]
     for goal, mine, not_mine in (state["aux"].sum(), searcher, others), (logits.sum(), others, searcher):
         grads = lambda ps: torch.autograd.grad(goal, ps, retain_graph=True, allow_unused=True)
         assert all(g is not None and g.abs().sum() > 0 for g in grads(mine))
@@ -279,12 +280,12 @@ def test_the_searcher_learns_from_its_own_loss_and_nothing_else_does():
 @pytest.mark.parametrize("n", [0, 1, 12])
 def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
     """One query and one vector at a time: the likelihood of its label, each of the two labels half of the loss."""
-    room, x = small(), text(B=1, K=1)
-    before, c = after(room, n, B=1), room.c
-    layers, likely = room.extend(x, room.read(before))[1][2], {True: [], False: []}
+    model, x = small(), text(B=1, K=1)
+    before, c = after(model, n, B=1), model.c
+    layers, likely = model.extend(x, model.read(before))[1][2], {True: [], False: []}
     for l, (rows, *_) in enumerate(layers):
         real, pool = before["birth"][0, l] >= 0, before["pool"][0, l]
-        q, k, _ = room.blocks[l].attention.qkv(norm(torch.cat([room.start[l], pool, rows[0]]))).view(
+        q, k, _ = model.blocks[l].attention.qkv(norm(torch.cat([model.start[l], pool, rows[0]]))).view(
             1 + c.N + S, 3, c.heads, -1).unbind(1)
         turn = gpt.angles(torch.arange(1 + c.N + S), c.head_dim)[:, None]
         q, k = gpt.rotate(norm(q), turn)[1 + c.N:], gpt.rotate(norm(k), turn)[:1 + c.N]
@@ -292,13 +293,13 @@ def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
         w = w.softmax(-1).mean(0)[:, 1:]                                   # (S, vectors that are real)
         for i in range(0, S - c.m + 1, c.m):
             for j, vector in enumerate(pool[real]):
-                s = torch.sigmoid(room.f_q(rows[0, i:i + c.m], l) @ room.f_k(vector, l)).mean()
+                s = torch.sigmoid(model.f_q(rows[0, i:i + c.m], l) @ model.f_k(vector, l)).mean()
                 right = bool(w[i:i + c.m, j].mean() > 3 / c.N)
                 likely[right].append((s if right else 1 - s) + 1e-5)
     assert bool(likely[True]) == bool(likely[False]) == (n > 0)
     expected = sum(-torch.stack(p).log().mean() for p in likely.values() if p) / 2
-    assert close(room(x, before)[1]["aux"], torch.as_tensor(expected).view(1))
-    assert room.eval()(x, before)[1]["aux"] == 0                           # nobody needs it
+    assert close(model(x, before)[1]["aux"], torch.as_tensor(expected).view(1))
+    assert model.eval()(x, before)[1]["aux"] == 0                           # nobody needs it
 
 
 @torch.no_grad()
@@ -308,11 +309,11 @@ def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
     changed = tokens.repeat(S, 1)
     changed[torch.arange(S), torch.arange(S)] = (tokens + 1) % V
     for query in (1, 5):
-        room = small(ask="self", query=query)
-        state = {k: v.expand(S, *v.shape[1:]) for k, v in after(room, 30, B=1).items()}
-        moved = (room(changed, state)[0] - room(tokens.repeat(S, 1), state)[0]).abs().amax(-1) > 1e-6
-        assert room.scored().tolist() == [i >= query - 1 for i in range(S)]
-        assert not moved.tril(-1)[:, room.scored()].any()
+        model = small(ask="self", query=query)
+        state = {k: v.expand(S, *v.shape[1:]) for k, v in after(model, 30, B=1).items()}
+        moved = (model(changed, state)[0] - model(tokens.repeat(S, 1), state)[0]).abs().amax(-1) > 1e-6
+        assert model.scored().tolist() == [i >= query - 1 for i in range(S)]
+        assert not moved.tril(-1)[:, model.scored()].any()
         assert moved.tril(-1).any() == (query > 1)
         assert small(query=query).scored().all()
 
@@ -320,23 +321,23 @@ def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [[1] * S, [3, 20, 9], [S]], ids=["ones", "3+20+9", "whole"])
 def test_a_segment_that_searches_for_itself_can_be_cut_behind_its_query(cut):
-    room, tokens = small(ask="self", query=cut[0] if cut[0] < S else 5), text(K=1, seed=8)
-    state = after(room, 30)
-    logits, out = room(tokens, state)
-    cache, parts = room.read(state), []
+    model, tokens = small(ask="self", query=cut[0] if cut[0] < S else 5), text(K=1, seed=8)
+    state = after(model, 30)
+    logits, out = model(tokens, state)
+    cache, parts = model.read(state), []
     for part in tokens.split(cut, 1):
-        y, cache = room.extend(part, cache)
+        y, cache = model.extend(part, cache)
         parts.append(y)
-    assert close(torch.cat(parts, 1), logits) and close(room.write(cache, state), out)
+    assert close(torch.cat(parts, 1), logits) and close(model.write(cache, state), out)
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_store_can_live_on_the_host():
-    room, tokens = small().cuda(), text(K=4).cuda()
+    model, tokens = small().cuda(), text(K=4).cuda()
     state = {k: v.cuda() for k, v in stream.detach(after(small(), 30)).items()}
-    there = walk(room, tokens, state)
-    here = walk(room, tokens, dict(state, old=state["old"].cpu()))
+    there = walk(model, tokens, state)
+    here = walk(model, tokens, dict(state, old=state["old"].cpu()))
     assert here[1]["old"].device.type == "cpu" and torch.equal(here[0], there[0])
     assert all(torch.equal(v.cpu(), there[1][k].cpu()) for k, v in here[1].items())
 
@@ -354,29 +355,29 @@ def test_wrong_settings_are_refused_with_the_numbers(fields, why):
 
 # what it is for
 
-def chance(room, batch):
+def chance(model, batch):
     """A search that ignores the question."""
     return lambda l, probe, state: torch.rand(state["old_birth"][:, l].shape)
 
 
-def oracle(room, batch):
+def oracle(model, batch):
     """A search that is told which segment told the fact that this one asks for: what was written there comes first."""
-    S, K, rows = room.c.seg, room.c.K, torch.arange(len(batch.x))
-    begin = room.init_state(len(rows))["step"]
+    S, K, rows = model.c.seg, model.c.K, torch.arange(len(batch.x))
+    begin = model.init_state(len(rows))["step"]
     told = (torch.arange(0, batch.x.size(1), S) - batch.at[:, ::S]) // S
     return lambda l, probe, state: (state["old_birth"][:, l] // K - begin[:, None]
                                     == told[rows, state["step"] - begin, None]).float()
 
 
-def retained(room, search=None, chunks=128, batches=2):
+def retained(model, search=None, chunks=128, batches=2):
     """Accuracy on the stream retain for facts told less than 8 writes ago, and for those told 32 to 126 ago."""
     right = [[], []]
-    loader, same = (data.Synthetic("retain", 64, chunks * room.c.seg, seed=(1, 2)) for _ in range(2))
+    loader, same = (data.Synthetic("retain", 64, chunks * model.c.seg, seed=(1, 2)) for _ in range(2))
     for _ in range(batches):
         if search:
-            room.score = search(room, same.next())
-        for batch, _, hit in stream.evaluate(room, loader, 1):
-            t, asked = batch.at // room.c.seg, batch.y >= 0
+            model.score = search(model, same.next())
+        for batch, _, hit in stream.evaluate(model, loader, 1):
+            t, asked = batch.at // model.c.seg, batch.y >= 0
             right[0] += hit[asked & (t < 8)].tolist()
             right[1] += hit[asked & (t >= 32)].tolist()
     return [sum(r) / len(r) for r in right]
@@ -385,9 +386,9 @@ def retained(room, search=None, chunks=128, batches=2):
 @pytest.mark.slow
 def test_what_fell_out_of_the_pool_is_found_in_the_store(tmp_path):
     """Trained on 16 segments, asked over 128: N/K is 8 writes, the store lasts for 128."""
-    assert train.main("""--room=mplus --data=retain --ask=self --query=1 --seg=4 --segments=16 --layers=2 --heads=2
+    assert train.main("""--model=mplus --data=retain --ask=self --query=1 --seg=4 --segments=16 --layers=2 --heads=2
         --width=64 --batch=64 --lr=3e-3 --steps=400 --validate=400 --windows=4 --device=cpu""".split()
                       + [f"--out={tmp_path}"]) == 0
-    room = nanomem.load(tmp_path)[0]
-    (near, far), guess, told = retained(room), retained(room, chance), retained(room, oracle)
+    model = nanomem.load(tmp_path)[0]
+    (near, far), guess, told = retained(model), retained(model, chance), retained(model, oracle)
     assert near > 0.85 and far > 0.5 and guess[1] < 0.15 and told[1] > 0.9

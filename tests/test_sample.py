@@ -16,9 +16,9 @@ S = 16
 
 @pytest.fixture(scope="module", params=["gpt", "xl", "rmt"])
 def out(request, tmp_path_factory):
-    """A room trained for two steps on the embedded book's bytes."""
+    """A model trained for two steps on the embedded book's bytes."""
     folder = tmp_path_factory.mktemp(request.param)
-    train.main([f"--room={request.param}", f"--out={folder}", "--tokenizer=bytes", "--layers=2",
+    train.main([f"--model={request.param}", f"--out={folder}", "--tokenizer=bytes", "--layers=2",
                 "--heads=2", "--width=32", f"--seg={S}", "--batch=2", "--segments=2", "--steps=2", "--windows=1"])
     return str(folder)
 
@@ -43,13 +43,13 @@ def test_the_seed_decides_and_greedy_needs_none(say):
 def test_greedy_text_is_what_the_whole_walk_predicts(say, out):
     prompt = "x" * (2 * S + 5)
     text = say(f"--prompt={prompt}", f"--tokens={S}", "--temperature=0")
-    enc, (room, _) = data.tokenizer("bytes"), nanomem.load(out)
+    enc, (model, _) = data.tokenizer("bytes"), nanomem.load(out)
     ids = [enc.eot_token, *enc.encode_ordinary(prompt)]
     for _ in range(S):                                        # the slow way: everything again for every token
         pad = ids + [0] * (-len(ids) % S)
-        state, logits = room.init_state(1), []
+        state, logits = model.init_state(1), []
         for x in torch.tensor([pad]).split(S, 1):
-            y, state = room(x, state)
+            y, state = model(x, state)
             logits.append(y)
         ids.append(torch.cat(logits, 1)[0, len(ids) - 1, :enc.n_vocab].argmax().item())
         if ids[-1] == enc.eot_token:
@@ -114,15 +114,15 @@ def test_a_memory_that_is_no_memory_is_refused(say, out, tmp_path):
         say(f"--load-memory={tmp_path / 'm.pt'}")
 
 
-def test_a_room_that_looks_ahead_writes_no_text(tmp_path):
-    train.main(["--room=hmt", "--query=paper", "--steps=1", "--batch=1", "--segments=1", "--layers=1", "--heads=2",
+def test_a_model_that_looks_ahead_writes_no_text(tmp_path):
+    train.main(["--model=hmt", "--query=paper", "--steps=1", "--batch=1", "--segments=1", "--layers=1", "--heads=2",
                 "--width=16", "--seg=16", "--windows=1", f"--out={tmp_path}"])
     with pytest.raises(UserError, match="cannot write text: query=paper looks ahead"):
         sample.main([str(tmp_path), "--prompt=A whale"])
 
 
 def test_a_model_of_a_stream_writes_no_text(tmp_path):
-    train.main(["--room=gpt", f"--out={tmp_path}", "--data=needle", "--layers=1", "--heads=1", "--width=16", "--seg=8",
+    train.main(["--model=gpt", f"--out={tmp_path}", "--data=needle", "--layers=1", "--heads=1", "--width=16", "--seg=8",
                 "--batch=2", "--steps=1", "--windows=1"])
     with pytest.raises(UserError, match="trained on the stream needle, which is no text"):
         sample.main([str(tmp_path)])
@@ -131,10 +131,10 @@ def test_a_model_of_a_stream_writes_no_text(tmp_path):
 @torch.no_grad()
 def test_a_token_costs_the_same_rows_after_a_line_and_after_a_book(out):
     """Decode work is counted, not timed: rows through the trunk and keys that they see, early and late."""
-    room = nanomem.load(out)[0]
+    model = nanomem.load(out)[0]
     work = []
-    room.blocks[0].attention.register_forward_hook(lambda m, a, y: work.append((a[0].size(1), y[1][0].size(2))))
-    reader, costs = stream.Reader(room), []
+    model.blocks[0].attention.register_forward_hook(lambda m, a, y: work.append((a[0].size(1), y[1][0].size(2))))
+    reader, costs = stream.Reader(model), []
     for _ in range(6):
         work.clear()
         for token in range(S):

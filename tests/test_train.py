@@ -22,8 +22,8 @@ SMALL = ["--data=recall", "--layers=2", "--heads=2", "--width=32", "--seg=16", "
          "--windows=1"]
 
 
-def go(out, *more, room="rmt"):
-    return train.main([f"--room={room}", f"--out={out}", *SMALL, *more])
+def go(out, *more, model="rmt"):
+    return train.main([f"--model={model}", f"--out={out}", *SMALL, *more])
 
 
 def last(out):
@@ -57,18 +57,18 @@ def stop_at(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("room", ["gpt", "xl", "rmt"])
+@pytest.mark.parametrize("model", ["gpt", "xl", "rmt"])
 @pytest.mark.parametrize("flags", [[], ["--replay", "--accum=2"], ["--data=", "--tokenizer=bytes", "--interleave=2"]],
                          ids=["bptt", "replay", "books"])
-def test_ctrl_c_and_resume_give_the_uninterrupted_run_to_the_bit(tmp_path, stop_at, room, flags, monkeypatch):
-    go(tmp_path / "whole", "--steps=4", "--validate=4", *flags, room=room)
+def test_ctrl_c_and_resume_give_the_uninterrupted_run_to_the_bit(tmp_path, stop_at, model, flags, monkeypatch):
+    go(tmp_path / "whole", "--steps=4", "--validate=4", *flags, model=model)
     with monkeypatch.context() as patch:
         stop_at(2, data.Bookmarks if "--data=" in flags else data.Synthetic)
-        assert go(tmp_path / "parts", "--steps=4", "--validate=4", *flags, room=room) == 130
+        assert go(tmp_path / "parts", "--steps=4", "--validate=4", *flags, model=model) == 130
         patch.undo()
     monkeypatch.undo()
     assert last(tmp_path / "parts")["step"] == 2
-    assert train.main([f"--room={room}", f"--out={tmp_path / 'parts'}", "--resume"]) == 0
+    assert train.main([f"--model={model}", f"--out={tmp_path / 'parts'}", "--resume"]) == 0
     assert same(last(tmp_path / "whole"), last(tmp_path / "parts"))
     steps = [row["step"] for row in csv.DictReader(open(tmp_path / "parts" / "log.csv"))]
     assert steps == ["2", "4"]
@@ -90,9 +90,9 @@ def test_parts_of_a_batch_and_replay_see_the_same_gradients(tmp_path):
 def test_best_and_last_are_kept_and_loadable_by_name(tmp_path):
     go(tmp_path, "--steps=6", "--validate=2", "--lr=1e-3")
     rows = [float(r["validation"]) for r in csv.DictReader(open(tmp_path / "log.csv")) if r["validation"]]
-    room, best = nanomem.load(tmp_path)
+    model, best = nanomem.load(tmp_path)
     assert best["step"] == 2 * (1 + rows.index(min(rows))) and abs(best["best"] - min(rows)) < 1e-9
-    assert last(tmp_path)["step"] == 6 and type(room).__name__ == "RMT" and not list(tmp_path.glob("*.tmp"))
+    assert last(tmp_path)["step"] == 6 and type(model).__name__ == "RMT" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
     with pytest.raises(UserError, match="the loss is nan at step 3: try a lower --lr; .*last.pt is the last good"):
         go(tmp_path, "--steps=6", "--validate=2")
     assert last(tmp_path)["step"] == 2 and last(tmp_path)["best"] < 9
-    assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
+    assert all(v.isfinite().all() for v in last(tmp_path)["weights"].values())
 
 
 def test_a_window_that_asks_nothing_costs_nothing(tmp_path):
@@ -127,10 +127,10 @@ def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("argv, why", [
-    (["--rom=xl"], "unknown flag --rom: did you mean room"), (["--room=xk"], "no room is called xk"),
+    (["--rom=xl"], "unknown flag --rom: did you mean model"), (["--model=xk"], "no model is called xk"),
     (["--steps=many"], "--steps takes a whole number, got 'many'"), (["--lr=x"], "--lr takes a number, got 'x'"),
     (["--steps=0"], "--steps must be at least 1, got 0"), (["--lr"], "--lr needs a value"),
-    (["--mem=3", "--room=gpt"], "unknown flag --mem"), (["data/x"], "did you mean --data=data/x"),
+    (["--mem=3", "--model=gpt"], "unknown flag --mem"), (["data/x"], "did you mean --data=data/x"),
     (["--batch=3", "--accum=2"], "--batch=3 rows do not split over 1 devices x 2 parts"),
     (["--device=tpu"], "no device tpu"), (["--dtype=int8"], "float32 or bfloat16"),
     (["--vocab=10"], "too small: the data has 64"), (["--width=30", "--heads=4"], "width 30"),
@@ -150,8 +150,8 @@ def test_a_checkpoint_is_never_lost(tmp_path):
                       (["--resume", "--data=needle"], "made with --data=recall, not needle")]:
         with pytest.raises(UserError, match=why):
             go(tmp_path, "--steps=2", *argv)
-    with pytest.raises(UserError, match="made with --room=rmt, not xl"):
-        train.main(["--room=xl", f"--out={tmp_path}", "--resume"])
+    with pytest.raises(UserError, match="made with --model=rmt, not xl"):
+        train.main(["--model=xl", f"--out={tmp_path}", "--resume"])
     assert (tmp_path / "last.pt").read_bytes() == kept
     (tmp_path / "last.pt").write_bytes(kept[:len(kept) // 2])
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
@@ -162,8 +162,8 @@ def test_a_checkpoint_is_never_lost(tmp_path):
 
 
 def test_the_script_refuses_with_exit_code_2_and_no_traceback():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--room=rtm"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: no room is called rtm: did you mean rmt?\n"
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--model=rtm"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: no model is called rtm: did you mean rmt?\n"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "nanomem/data.py"])
@@ -176,7 +176,7 @@ def test_help_names_every_flag_and_what_it_does(script):
 
 
 def test_two_processes_see_the_gradients_of_one(tmp_path):
-    flags = ["--room=rmt", *SMALL, "--steps=1", "--device=cpu"]
+    flags = ["--model=rmt", *SMALL, "--steps=1", "--device=cpu"]
     train.main([*flags, f"--out={tmp_path / 'one'}"])
     env = dict(os.environ, OMP_NUM_THREADS="1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -192,27 +192,27 @@ def test_two_processes_see_the_gradients_of_one(tmp_path):
 
 # law 8: one graph
 
-def graphs(room, walk, K=4):
+def graphs(model, walk, K=4):
     """How many graphs two windows of K segments make, and how many the second alone."""
     from torch._dynamo.testing import CompileCounterWithBackend
     counter = CompileCounterWithBackend("aot_eager")
     real = torch.compile
     try:
         torch.compile = lambda f, **kw: real(f, backend=counter, **kw)
-        step = stream.step_of(room, compile=True)
+        step = stream.step_of(model, compile=True)
     finally:
         torch.compile = real
-    tokens, state, made = torch.randint(64, (2, K * room.c.seg)), stream.detach(room.init_state(2)), []
+    tokens, state, made = torch.randint(64, (2, K * model.c.seg)), stream.detach(model.init_state(2)), []
     for _ in range(2):
-        begin = stream.enter(room, state, torch.tensor([True, False]))
-        _, state = walk(room, step, tokens, tokens, begin, 0.01)
+        begin = stream.enter(model, state, torch.tensor([True, False]))
+        _, state = walk(model, step, tokens, tokens, begin, 0.01)
         made.append(counter.frame_count)
     return made[1], made[1] - made[0]
 
 
-@pytest.mark.parametrize("room", ["rmt", pytest.param("all", marks=pytest.mark.slow)])
-def test_training_makes_at_most_two_graphs_and_never_recompiles(room):
-    for name in nanomem.ROOMS if room == "all" else [room]:
+@pytest.mark.parametrize("model", ["rmt", pytest.param("all", marks=pytest.mark.slow)])
+def test_training_makes_at_most_two_graphs_and_never_recompiles(model):
+    for name in nanomem.MODELS if model == "all" else [model]:
         made, again = graphs(tiny(name, seg=8, layers=1), stream.bptt)
         assert made <= 2 and not again, name                         # with a state that needs gradient, and without
         # and the walk without a graph; M+'s store and B'MOJO's innovations get a gradient only as leaves of replay
@@ -220,36 +220,36 @@ def test_training_makes_at_most_two_graphs_and_never_recompiles(room):
         assert made <= 3 + (name in ("mplus", "bmojo")) and not again, name
 
 
-def test_a_process_compiles_any_number_of_rooms(monkeypatch, capsys):
+def test_a_process_compiles_any_number_of_models(monkeypatch, capsys):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", **kw))
     tokens = torch.randint(64, (2, 8))
     for i in range(torch._dynamo.config.recompile_limit + 1):
-        room = tiny("gpt", layers=1, seg=8, mlp=8 + i)
-        stream.bptt(room, stream.step_of(room, compile=True), tokens, tokens, room.init_state(2), 0.01)
+        model = tiny("gpt", layers=1, seg=8, mlp=8 + i)
+        stream.bptt(model, stream.step_of(model, compile=True), tokens, tokens, model.init_state(2), 0.01)
     assert not capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", nanomem.ROOMS)
+@pytest.mark.parametrize("name", nanomem.MODELS)
 def test_compiled_is_eager(name):
-    room, tokens, grads = tiny(name, seg=16), torch.randint(64, (2, 48)), []
+    model, tokens, grads = tiny(name, seg=16), torch.randint(64, (2, 48)), []
     for compile in (False, True):
-        room.zero_grad()
-        stream.bptt(room, stream.step_of(room, compile=compile), tokens, tokens, room.init_state(2), 0.01)
-        grads.append([p.grad.clone() for p in room.parameters()])
+        model.zero_grad()
+        stream.bptt(model, stream.step_of(model, compile=compile), tokens, tokens, model.init_state(2), 0.01)
+        grads.append([p.grad.clone() for p in model.parameters()])
     assert all((a - b).norm() <= 1e-4 * a.norm() for a, b in zip(*grads))
 
 
 # law 10: it learns
 
-@pytest.mark.parametrize("room, steps, floors", [("xl", 300, [0.95, 0.4]),
+@pytest.mark.parametrize("model, steps, floors", [("xl", 300, [0.95, 0.4]),
                                                  pytest.param("rmt", 600, [0.7] * 3, marks=pytest.mark.slow),
                                                  pytest.param("hmt", 400, [0.8] * 4, marks=pytest.mark.slow)])
-def test_it_learns_a_recall_that_gpt_cannot(tmp_path, room, steps, floors):
-    """Two pairs over segments of 16 tokens; each room recalls as far back as it can see, by the distance in whole
+def test_it_learns_a_recall_that_gpt_cannot(tmp_path, model, steps, floors):
+    """Two pairs over segments of 16 tokens; each model recalls as far back as it can see, by the distance in whole
     segments. Of an earlier segment gpt knows nothing (law 5), so that it can only guess one value in 32."""
-    train.main([f"--room={room}", f"--out={tmp_path}", f"--steps={steps}", "--data=recall", "--batch=64", "--lr=5e-3",
+    train.main([f"--model={model}", f"--out={tmp_path}", f"--steps={steps}", "--data=recall", "--batch=64", "--lr=5e-3",
                 "--layers=2", "--heads=2", "--width=64", "--seg=16", "--windows=1", f"--validate={steps}"])
     found = bench.trial(lambda: nanomem.load(tmp_path)[0], bench.TRIALS["recall"], "recall")
     assert all(f["accuracy"] > floor for f, floor in zip(found, floors)), found

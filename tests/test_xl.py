@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanomem.gpt import GPT, angles, norm, rotate, take
+from nanomem.models.gpt import GPT, angles, norm, rotate, take
 
 from conftest import TINY, tiny
-from test_room import S, close, text, walk, watch
+from test_laws import S, close, text, walk, watch
 
 
-def whole(room, tokens, visible):
+def whole(model, tokens, visible):
     """Logits of one pass over all tokens with an explicit T x T mask: the slow definition."""
-    return room.head(room.trunk(room.embed(tokens), mask=visible)[0])
+    return model.head(model.trunk(model.embed(tokens), mask=visible)[0])
 
 
 def ij(T):
@@ -23,66 +23,66 @@ def ij(T):
 
 @torch.no_grad()
 def test_full_attention_is_one_causal_pass_over_everything():
-    room = tiny("full")
-    assert close(walk(room, text(K=4))[0], whole(room, text(K=4), None))
+    model = tiny("full")
+    assert close(walk(model, text(K=4))[0], whole(model, text(K=4), None))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("W", [1, 5, S, S + 9, 3 * S])
 def test_a_sliding_window_is_one_pass_with_a_banded_mask(W):
-    room = tiny("window", window=W)
+    model = tiny("window", window=W)
     i, j = ij(4 * S)
-    expected = whole(room, text(K=4), (j <= i) & (j >= i - W))
-    assert close(walk(room, text(K=4))[0], expected)
-    assert close(room(text(K=4), room.init_state(2))[0], expected), "in blocks, of all four segments in one call"
+    expected = whole(model, text(K=4), (j <= i) & (j >= i - W))
+    assert close(walk(model, text(K=4))[0], expected)
+    assert close(model(text(K=4), model.init_state(2))[0], expected), "in blocks, of all four segments in one call"
 
 
 def test_a_sliding_window_has_the_gradients_of_that_one_pass():
-    room, tokens = tiny("window", window=20).double(), text(K=3)
+    model, tokens = tiny("window", window=20).double(), text(K=3)
     i, j = ij(3 * S)
-    state = room.init_state(2)
+    state = model.init_state(2)
     state["kv"] = state["kv"].double()
     found = []
-    for logits in (lambda: walk(room, tokens, state)[0], lambda: whole(room, tokens, (j <= i) & (j >= i - 20))):
-        room.zero_grad()
+    for logits in (lambda: walk(model, tokens, state)[0], lambda: whole(model, tokens, (j <= i) & (j >= i - 20))):
+        model.zero_grad()
         logits().square().sum().backward()
-        found.append([p.grad for p in room.parameters()])
+        found.append([p.grad for p in model.parameters()])
     assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(*found))
 
 
 @torch.no_grad()
 def test_transformer_xl_sees_its_segment_and_the_w_tokens_before_it():
-    room = tiny("xl", window=40, layers=1)       # one layer: what was cached does not depend on what could be seen
+    model = tiny("xl", window=40, layers=1)       # one layer: what was cached does not depend on what could be seen
     i, j = ij(3 * S)
-    assert close(walk(room, text())[0], whole(room, text(), (j <= i) & (j >= i // S * S - 40)))
+    assert close(walk(model, text())[0], whole(model, text(), (j <= i) & (j >= i // S * S - 40)))
 
 
 def test_transformer_xl_stops_the_gradient_at_its_cache_and_a_sliding_window_does_not():
     for name, reaches in dict(xl=False, window=True).items():
-        room, grads = tiny(name), []
-        watch(room, grads)
-        walk(room, text(K=2))[0][:, S:].sum().backward()
+        model, grads = tiny(name), []
+        watch(model, grads)
+        walk(model, text(K=2))[0][:, S:].sum().backward()
         assert (grads[0].grad is not None and grads[0].grad.abs().sum() > 0) == reaches
         assert grads[1].grad.abs().sum() > 0
 
 
 @torch.no_grad()
 def test_the_cache_is_the_last_w_keys_and_values_at_positions_0_to_w():
-    room = tiny("xl", window=40, layers=1)
+    model = tiny("xl", window=40, layers=1)
     tokens = text(K=3)
-    state = walk(room, tokens)[1]
-    _, cache = GPT.trunk(room, room.embed(tokens[:, -40:]))
+    state = walk(model, tokens)[1]
+    _, cache = GPT.trunk(model, model.embed(tokens[:, -40:]))
     assert state["n"].tolist() == [40, 40]
     assert close(state["kv"][:, 0, 0], cache[0][0]) and close(state["kv"][:, 0, 1], cache[0][1])
 
 
 @torch.no_grad()
 def test_only_the_filled_part_of_the_cache_is_seen():
-    room, tokens = tiny("xl", window=3 * S), text(K=2)
-    state = walk(room, tokens)[1]
+    model, tokens = tiny("xl", window=3 * S), text(K=2)
+    state = walk(model, tokens)[1]
     junk = dict(state, kv=torch.where(torch.arange(3 * S)[:, None] < S, 1e3, state["kv"]))   # the 2 S newest are real
     assert state["n"].tolist() == [2 * S, 2 * S]
-    assert torch.equal(room(tokens[:, :S], state)[0], room(tokens[:, :S], junk)[0])
+    assert torch.equal(model(tokens[:, :S], state)[0], model(tokens[:, :S], junk)[0])
 
 
 @torch.no_grad()
@@ -90,9 +90,9 @@ def test_reach_grows_with_depth_a_window_per_layer():
     """What a stack of L windows of W can see: L W tokens back and no further."""
     W, tokens = 20, text(B=1, K=3)
     for layers in (1, 2, 3):
-        room, other = tiny("window", window=W, layers=layers), tokens.clone()
+        model, other = tiny("window", window=W, layers=layers), tokens.clone()
         other[:, 0] += 1
-        moved = (walk(room, tokens)[0] - walk(room, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
+        moved = (walk(model, tokens)[0] - walk(model, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
         assert moved.nonzero().max() == layers * W
 
 

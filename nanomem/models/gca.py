@@ -90,7 +90,7 @@ class GCA(GPT):
              chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
     """
     Config = Config
-    parallel = property(lambda room: max(1, room.c.M // room.c.s) if room.c.W else 1)      # all of them in the bank
+    parallel = property(lambda model: max(1, model.c.M // model.c.s) if model.c.W else 1)      # all of them in the bank
 
     def __init__(self, c):
         super().__init__(c)

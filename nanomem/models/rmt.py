@@ -30,7 +30,7 @@ class RMT(GPT):
     read     the copy in front is M ordinary rows of the causal sequence [mem ; sensory ; segment ; mem]
     write    the last hidden states of the copy behind, M_{n+1}; no logit of this segment sees them
     paper    Recurrent Memory Transformer 2207.06881, section 3.2 and figure 2
-    departs  the last k tokens are read again, as in HMT, so that the two rooms differ by the search alone (sensory=0 is
+    departs  the last k tokens are read again, as in HMT, so that the two models differ by the search alone (sensory=0 is
              the paper); no Transformer-XL cache beside the memory (the paper tries both); the rows of one copy see each
              other causally (in the paper both ways), so that the fused kernel needs no mask; our embeddings have unit
              RMS as hidden states do, so that the memory needs no gain

@@ -21,7 +21,7 @@ class Config(gpt.Config):
 
 
 class XL(GPT):
-    """A cache of the last W tokens, one key and value a layer. Two presets are this room with other settings: `window`
+    """A cache of the last W tokens, one key and value a layer. Two presets are this model with other settings: `window`
     slides over one segment's length, `full` over eight, which is full attention for the length of a training window.
 
     state    kv (B, L, 2, H, W, D) keys and values, the newest last, keys turned to positions 0..W-1   n (B,) filled
@@ -33,7 +33,7 @@ class XL(GPT):
              slide=True lets it through, so that K segments train as one banded sequence
     """
     Config = Config
-    parallel = property(lambda room: math.inf if room.c.slide else 1)
+    parallel = property(lambda model: math.inf if model.c.slide else 1)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight

@@ -1,4 +1,4 @@
-"""The laws: what every room and every preset keeps, whatever its memory is."""
+"""The laws: what every model and every preset keeps, whatever its memory is."""
 import math
 
 import pytest
@@ -23,22 +23,22 @@ def text(B=2, K=3, seed=0):
     return torch.randint(V, (B, K * S), generator=torch.Generator().manual_seed(seed))
 
 
-def walk(room, tokens, state=None):
+def walk(model, tokens, state=None):
     """Logits of all segments (B, K*S, V) and the last state."""
-    state, logits = state or room.init_state(len(tokens)), []
+    state, logits = state or model.init_state(len(tokens)), []
     for x in tokens.split(S, 1):
-        y, state = room(x, state)
+        y, state = model(x, state)
         logits.append(y)
     return torch.cat(logits, 1), state
 
 
-def watch(room, seen):
+def watch(model, seen):
     """Collect the embedded tokens of every segment, each with its gradient after a backward."""
     def hook(module, args, y):
         if y.size(1) == S:             # not what is read again
             y.retain_grad()
             seen.append(y)
-    room.embedding.register_forward_hook(hook)
+    model.embedding.register_forward_hook(hook)
 
 
 def close(a, b, tolerance=1e-4):
@@ -52,10 +52,10 @@ def close(a, b, tolerance=1e-4):
 # law 1: state
 
 @torch.no_grad()
-def test_the_state_is_a_flat_dict_of_fixed_shape(room):
-    state = first = room.init_state(3)
+def test_the_state_is_a_flat_dict_of_fixed_shape(model):
+    state = first = model.init_state(3)
     for x in text(B=3).split(S, 1):
-        _, state = room(x, state)
+        _, state = model(x, state)
         assert state.keys() == first.keys()
         for k, v in state.items():
             assert v.shape == first[k].shape and v.dtype == first[k].dtype and len(v) == 3
@@ -66,24 +66,24 @@ def test_the_state_is_a_flat_dict_of_fixed_shape(room):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", [[1] * S, [5, 20, 7], [S - 1, 1], [S]], ids=["ones", "5+20+7", "31+1", "whole"])
-def test_any_cut_of_a_segment_gives_the_single_call(room, cut):
-    state = room.init_state(2)
+def test_any_cut_of_a_segment_gives_the_single_call(model, cut):
+    state = model.init_state(2)
     for x in text().split(S, 1):
-        logits, after = room(x, state)
-        cache, parts = room.read(state), []
+        logits, after = model(x, state)
+        cache, parts = model.read(state), []
         for part in x.split(cut, 1):
-            y, cache = room.extend(part, cache)
+            y, cache = model.extend(part, cache)
             parts.append(y)
         assert close(torch.cat(parts, 1), logits)
-        state = room.write(cache, state)
+        state = model.write(cache, state)
         assert close(state, after)
 
 
 @torch.no_grad()
-def test_a_reader_predicts_what_the_walk_predicts(room):
+def test_a_reader_predicts_what_the_walk_predicts(model):
     tokens = text()
-    logits, _ = walk(room, tokens)
-    reader, t = stream.Reader(room, B=2), 0
+    logits, _ = walk(model, tokens)
+    reader, t = stream.Reader(model, B=2), 0
     for n in (1, 3, S - 4, S + 7, 2, S - 9):
         t += n
         assert close(reader(tokens[:, t - n:t]), logits[:, t - 1])
@@ -91,16 +91,16 @@ def test_a_reader_predicts_what_the_walk_predicts(room):
 
 
 @torch.no_grad()
-def test_segments_side_by_side_are_segments_in_turn(room):
-    if room.parallel == 1:
+def test_segments_side_by_side_are_segments_in_turn(model):
+    if model.parallel == 1:
         with pytest.raises(AssertionError, match=f"a segment is {S} tokens, got {2 * S}"):
-            room(text()[:, :2 * S], room.init_state(2))
+            model(text()[:, :2 * S], model.init_state(2))
         return
-    state = after = room.init_state(2)
+    state = after = model.init_state(2)
     for seed in range(2):
         tokens = text(seed=seed)
-        logits, state = room(tokens, state)
-        expected, after = walk(room, tokens, after)
+        logits, state = model(tokens, state)
+        expected, after = walk(model, tokens, after)
         assert close(logits, expected) and close(state, after)
         assert all(v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes for v in state.values())
 
@@ -108,11 +108,11 @@ def test_segments_side_by_side_are_segments_in_turn(room):
 # law 3: no token sees the future
 
 @torch.no_grad()
-def test_no_token_sees_the_future(room):
+def test_no_token_sees_the_future(model):
     tokens = text(B=1)
     changed = tokens.repeat(3 * S, 1)                                # row t has another token at t
     changed[torch.arange(3 * S), torch.arange(3 * S)] = (tokens[0] + 1) % V
-    before, after = walk(room, tokens.repeat(3 * S, 1))[0], walk(room, changed)[0]
+    before, after = walk(model, tokens.repeat(3 * S, 1))[0], walk(model, changed)[0]
     moved = (before - after).abs().amax(-1) > 1e-6                   # (changed token, logit)
     assert not moved.tril(-1).any()
     assert moved.diagonal().all()
@@ -121,56 +121,56 @@ def test_no_token_sees_the_future(room):
 # law 4: the state is the only channel
 
 @torch.no_grad()
-def test_the_state_is_the_only_channel(room):
+def test_the_state_is_the_only_channel(model):
     tokens = text(B=3)
-    _, state = walk(room, tokens)
+    _, state = walk(model, tokens)
     kept = {k: v.clone() for k, v in state.items()}
-    one, two = room(tokens[:, :S], state), room(tokens[:, :S], state)
+    one, two = model(tokens[:, :S], state), model(tokens[:, :S], state)
     assert torch.equal(one[0], two[0]) and all(torch.equal(one[1][k], two[1][k]) for k in state)
     assert all(torch.equal(state[k], kept[k]) for k in state), "forward changed its input state"
-    alone = room(tokens[1:2, :S], {k: v[1:2] for k, v in state.items()})
+    alone = model(tokens[1:2, :S], {k: v[1:2] for k, v in state.items()})
     assert close(alone[0][0], one[0][1]) and close(alone[1], {k: v[1:2] for k, v in one[1].items()})
 
 
 @torch.no_grad()
-def test_a_fresh_row_starts_from_nothing_and_the_others_go_on(room):
+def test_a_fresh_row_starts_from_nothing_and_the_others_go_on(model):
     tokens = text(B=2)
-    _, state = walk(room, tokens)
-    state = stream.enter(room, state, torch.tensor([True, False]))
-    new, on = room(tokens[:, :S], room.init_state(2))[0], room(tokens[:, :S], walk(room, tokens)[1])[0]
-    both = room(tokens[:, :S], state)[0]
+    _, state = walk(model, tokens)
+    state = stream.enter(model, state, torch.tensor([True, False]))
+    new, on = model(tokens[:, :S], model.init_state(2))[0], model(tokens[:, :S], walk(model, tokens)[1])[0]
+    both = model(tokens[:, :S], state)[0]
     assert close(both[0], new[0]) and close(both[1], on[1])
 
 
 # law 5: the past matters
 
 @torch.no_grad()
-def test_the_past_matters(room, name):
+def test_the_past_matters(model, name):
     tokens = text()
     other = tokens.clone()
     other[:, 5] = (other[:, 5] + 1) % V
-    moved = (walk(room, tokens)[0] - walk(room, other)[0])[:, S:].abs().max()
+    moved = (walk(model, tokens)[0] - walk(model, other)[0])[:, S:].abs().max()
     assert moved == 0 if name == "gpt" else moved > 1e-5
 
 
-def test_gradient_reaches_every_parameter(room):
+def test_gradient_reaches_every_parameter(model):
     tokens = text()
-    stream.bptt(room, stream.step_of(room), tokens, tokens.roll(-1, 1), room.init_state(2), 0.01)
-    assert not [n for n, p in room.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    stream.bptt(model, stream.step_of(model), tokens, tokens.roll(-1, 1), model.init_state(2), 0.01)
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
 # law 6: replay is back-propagation through time
 
-def test_replay_gives_the_gradients_of_bptt(room):
-    room.double()
+def test_replay_gives_the_gradients_of_bptt(model):
+    model.double()
     tokens, fresh = text(K=4), torch.tensor([True, False])
-    carried = {k: v.double() if v.is_floating_point() else v for k, v in stream.detach(walk(room, tokens)[1]).items()}
+    carried = {k: v.double() if v.is_floating_point() else v for k, v in stream.detach(walk(model, tokens)[1]).items()}
     found = []
     for way in (stream.bptt, stream.replay):
-        room.zero_grad()
-        begin = stream.enter(room, carried, fresh)
-        loss, state = way(room, stream.step_of(room), tokens, tokens.roll(-1, 1), begin, 1 / tokens.numel())
-        found.append((loss, state, {n: p.grad for n, p in room.named_parameters()}))
+        model.zero_grad()
+        begin = stream.enter(model, carried, fresh)
+        loss, state = way(model, stream.step_of(model), tokens, tokens.roll(-1, 1), begin, 1 / tokens.numel())
+        found.append((loss, state, {n: p.grad for n, p in model.named_parameters()}))
     (loss, state, grad), (loss2, state2, grad2) = found
     assert torch.allclose(loss, loss2, rtol=1e-6) and close(state, state2, 1e-5)     # turns by large angles are rounded
     for n in grad:
@@ -200,18 +200,18 @@ def test_a_loss_of_the_mechanism_itself_counts_in_both():
             logits, out = super().forward(tokens, state)
             return logits, dict(out, aux=(out["mem"] - self.mem).pow(4).mean((1, 2)))
     torch.manual_seed(0)
-    room, tokens, grads = WithAux(nanomem.build("rmt", **TINY).c), text(), []
+    model, tokens, grads = WithAux(nanomem.build("rmt", **TINY).c), text(), []
     for way in (stream.bptt, stream.replay):
-        room.zero_grad()
-        way(room, stream.step_of(room), tokens, tokens, room.init_state(2), 1 / tokens.numel())
-        grads.append([p.grad for p in room.parameters()])
-    room.zero_grad()
-    state, goal = room.init_state(2), 0
+        model.zero_grad()
+        way(model, stream.step_of(model), tokens, tokens, model.init_state(2), 1 / tokens.numel())
+        grads.append([p.grad for p in model.parameters()])
+    model.zero_grad()
+    state, goal = model.init_state(2), 0
     for x in tokens.split(S, 1):
-        logits, state = room(x, state)
+        logits, state = model(x, state)
         goal = goal + cross_entropy(logits.flatten(0, 1), x.flatten()) / 3 + state["aux"].mean() / 3
     goal.backward()
-    for one, two, p in zip(*grads, room.parameters()):
+    for one, two, p in zip(*grads, model.parameters()):
         assert close(one, p.grad, 1e-5) and close(two, p.grad, 1e-5)
 
 
@@ -231,22 +231,22 @@ def test_memory_off_is_gpt_to_the_bit(name):
 # law 9: save and load
 
 @torch.no_grad()
-def test_a_saved_memory_goes_on(room, tmp_path):
+def test_a_saved_memory_goes_on(model, tmp_path):
     tokens, end = text(B=1)[:, :2 * S + 5], text(B=1, seed=1)[:, :S]
     for read in (2 * S + 5, 2 * S):                                  # in the middle of a segment, and between two
-        reader = stream.Reader(room)
+        reader = stream.Reader(model)
         reader(tokens[:, :read])
         for v in (reader.logits, reader.page, *reader.state.values()):
             assert v.untyped_storage().nbytes() == v.nbytes, "more is kept, and saved, than is remembered"
         reader.save(tmp_path / "memory.pt")
-        again = stream.Reader(room)
+        again = stream.Reader(model)
         again.load(tmp_path / "memory.pt")
         assert torch.equal(again.logits, reader.logits) and again.count == read
         assert close(again(end), reader(end))
 
 
-def test_a_memory_of_other_weights_is_refused(room, name, tmp_path):
-    reader = stream.Reader(room)
+def test_a_memory_of_other_weights_is_refused(model, name, tmp_path):
+    reader = stream.Reader(model)
     reader(text(B=1))
     reader.save(tmp_path / "memory.pt")
     with pytest.raises(UserError, match="other weights"):
@@ -257,9 +257,9 @@ def test_a_memory_of_other_weights_is_refused(room, name, tmp_path):
 
 def test_any_size_builds_with_knobs_derived(name):
     for size in (dict(layers=1, heads=1, width=2, seg=1, vocab=2), dict(layers=3, heads=5, width=40, seg=7), {}):
-        room = nanomem.build(name, **size)
-        logits, _ = room(torch.zeros(2, room.c.seg, dtype=torch.long), room.init_state(2))
-        assert logits.shape == (2, room.c.seg, room.c.vocab)
+        model = nanomem.build(name, **size)
+        logits, _ = model(torch.zeros(2, model.c.seg, dtype=torch.long), model.init_state(2))
+        assert logits.shape == (2, model.c.seg, model.c.vocab)
 
 
 @pytest.mark.parametrize("name, fields, hint", [
@@ -272,6 +272,6 @@ def test_a_wrong_name_field_or_setting_is_refused_with_the_reason(name, fields, 
         nanomem.build(name, **fields)
 
 
-def test_a_segment_of_the_wrong_length_is_refused(room):
+def test_a_segment_of_the_wrong_length_is_refused(model):
     with pytest.raises(AssertionError, match=f"segment is {S} tokens, got {S - 1}"):
-        room(text()[:, :S - 1], room.init_state(2))
+        model(text()[:, :S - 1], model.init_state(2))

@@ -1,4 +1,4 @@
-"""One tiny GPT: the letters, the bricks that every room is built from, and the room that remembers nothing.
+"""One tiny GPT: the letters, the bricks that every model is built from, and the model that remembers nothing.
 
     B batch       T tokens in this call     P positions already in the cache     S tokens in a segment (c.seg)
     C width       H heads                   D head width                         L layers
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT that sees one segment at a time and remembers nothing: the baseline under every other room.
+    """A GPT that sees one segment at a time and remembers nothing: the baseline under every other model.
 
     state    {} (empty)
     read     nothing
@@ -188,7 +188,7 @@ class GPT(nn.Module):
         return norm(x), longer
 
     def scored(self):
-        """Which of a segment's S predictions count in loss and score: all of them, unless a room looks ahead."""
+        """Which of a segment's S predictions count in loss and score: all of them, unless a model looks ahead."""
         return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def init_state(self, B):
