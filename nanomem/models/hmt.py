@@ -78,12 +78,12 @@ class HMT(GPT):
         count[:self.c.j - 1] &= self.c.query != "paper"
         return count
 
-    def again(self, ids):
+    def embed_previous(self, ids):
         """Tokens of the segment before, embedded anew; zeros where there was none, so that shapes never change."""
         return self.embed(ids.clamp(min=0)) * (ids >= 0)[..., None]           # (B, k or j, C)
 
     def sensory(self, state):
-        return self.again(state["ids"][:, self.c.tail - self.c.k:])           # (B, k, C)
+        return self.embed_previous(state["ids"][:, self.c.tail - self.c.k:])           # (B, k, C)
 
     def weights(self, state, tokens=None):
         """How much each row of P takes from each memory of the bank, w (B, M, N). `tokens` is the coming segment, of
@@ -92,9 +92,9 @@ class HMT(GPT):
         empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
         score = bank.new_zeros(len(bank), c.M, c.bank)
         if c.search == "learned":
-            half = self.again(state["ids"][:, c.tail - c.j:]) if c.query == "prev" else self.embed(tokens[:, :c.j])
+            half = self.embed_previous(state["ids"][:, c.tail - c.j:]) if c.query == "prev" else self.embed(tokens[:, :c.j])
             prompt = self.prompt.expand(len(bank), 1, -1)
-            S = self.trunk(torch.cat([prompt, half, prompt], 1))[0][:, -1]    # (B, C)  eq. 1
+            S = self.backbone(torch.cat([prompt, half, prompt], 1))[0][:, -1]    # (B, C)  eq. 1
             q = self.query(S) @ self.key.weight                               # q (bank Wk)^T = (q Wk^T) bank^T: no keys
             score = torch.einsum("bc,bnmc->bmn", q, bank) * c.width ** -0.5   # (B, M, N)
         return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)    # eq. 2
@@ -114,24 +114,24 @@ class HMT(GPT):
         assert self.c.query != "paper", "query=paper looks ahead and cannot stream: use prev or split"
         split = self.c.query == "split"
         P = self.newest(state) if split else self.recall(state)
-        kv = self.trunk(torch.cat([P, self.sensory(state)], 1))[1]
+        kv = self.backbone(torch.cat([P, self.sensory(state)], 1))[1]
         return P, kv, state["ids"][:, :0], state if split else None           # the tokens so far, and what to search
 
     def extend(self, tokens, cache):
         P, kv, page, state = cache
         page = torch.cat([page, tokens], 1)
         if state is None or page.size(1) < self.c.j:
-            h, kv = self.trunk(self.embed(tokens), kv)
+            h, kv = self.backbone(self.embed(tokens), kv)
             return self.head(h), (P, kv, page, state)
         half = self.c.j - page.size(1) + tokens.size(1)                       # these tokens make the first half whole
-        h, kv = self.trunk(self.embed(tokens[:, :half]), kv)
+        h, kv = self.backbone(self.embed(tokens[:, :half]), kv)
         P = self.recall(state, page)
-        rest, kv = self.trunk(torch.cat([P, self.embed(tokens[:, half:])], 1), kv)
+        rest, kv = self.backbone(torch.cat([P, self.embed(tokens[:, half:])], 1), kv)
         return self.head(torch.cat([h, rest[:, self.c.M:]], 1)), (P, kv, page, None)
 
     def write(self, cache, state):
         P, kv, page, _ = cache
-        return self.next_state(self.trunk(P, kv)[0], page, state)
+        return self.next_state(self.backbone(P, kv)[0], page, state)
 
     def forward(self, tokens, state):
         """Read, extend and write in one pass."""
@@ -140,8 +140,8 @@ class HMT(GPT):
         x, P, sensory, first = self.embed(tokens), self.recall(state, tokens), self.sensory(state), c.M + c.k
         if c.query == "split":
             rows = torch.cat([self.newest(state), sensory, x[:, :c.j], P, x[:, c.j:], P], 1)    # (B, M+k+j+M+S-j+M, C)
-            h = self.trunk(rows)[0]
+            h = self.backbone(rows)[0]
             h = torch.cat([h[:, :first + c.j], h[:, first + c.j + c.M:]], 1)                    # without P in between
         else:
-            h = self.trunk(torch.cat([P, sensory, x, P], 1))[0]                                 # (B, M+k+S+M, C)  eq. 4
+            h = self.backbone(torch.cat([P, sensory, x, P], 1))[0]                                 # (B, M+k+S+M, C)  eq. 4
         return self.head(h[:, first:first + S]), self.next_state(h[:, first + S:], tokens, state)    # eq. 5

@@ -45,12 +45,12 @@ class RMT(GPT):
         return dict(mem=self.mem.expand(B, -1, -1).clone(),
                     ids=torch.full((B, self.c.k), -1, device=self.mem.device))
 
-    def again(self, ids):
+    def embed_previous(self, ids):
         """Tokens of the segment before, embedded anew; zeros where there was none, so that shapes never change."""
         return self.embed(ids.clamp(min=0)) * (ids >= 0)[..., None]           # (B, k, C)
 
     def read(self, state):
-        return state["ids"], self.trunk(torch.cat([state["mem"], self.again(state["ids"])], 1))[1]
+        return state["ids"], self.backbone(torch.cat([state["mem"], self.embed_previous(state["ids"])], 1))[1]
 
     def extend(self, tokens, cache):
         ids, cache = cache
@@ -59,14 +59,14 @@ class RMT(GPT):
 
     def write(self, cache, state):
         ids, cache = cache
-        h, _ = self.trunk(state["mem"], cache)
+        h, _ = self.backbone(state["mem"], cache)
         return dict(mem=h.to(state["mem"].dtype), ids=ids.clone())
 
     def forward(self, tokens, state):
         """Read, extend and write in one pass over [mem ; sensory ; tokens ; mem]."""
         c, T, mem = self.c, tokens.size(1), state["mem"]
         assert T == c.seg, f"a segment is {c.seg} tokens, got {T}"
-        h, _ = self.trunk(torch.cat([mem, self.again(state["ids"]), self.embed(tokens), mem], 1))   # (B, M+k+S+M, C)
+        h, _ = self.backbone(torch.cat([mem, self.embed_previous(state["ids"]), self.embed(tokens), mem], 1))   # (B, M+k+S+M, C)
         first = c.M + c.k
         return self.head(h[:, first:first + T]), dict(mem=h[:, first + T:].to(mem.dtype, copy=True),
                                                       ids=tokens[:, T - c.k:].clone())
