@@ -1,5 +1,6 @@
 """The one loop over segments. It trains, evaluates and generates with any model and knows none of them."""
 import contextlib
+import os
 import sys
 
 import torch
@@ -7,6 +8,24 @@ from torch.nn import functional as F
 
 from . import checkpoint
 from .cli import UserError
+
+
+def machine(device="", dtype="", compile=None):
+    """Device, dtype and whether to compile; what is not given is chosen: the best device there is, bfloat16 and
+    compiling on CUDA. Raises UserError if there is no such device."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = device or best
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name} here: leave --device out to take the best there is") from None
+    cuda = device.type == "cuda"
+    dtype = dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
+    return device, getattr(torch, dtype), cuda if compile is None else compile
 
 
 def reset(model, state, fresh):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, norm, rope, rotate
+from .gpt import GPT, Block, full_precision, norm, rope, rotate
 from .xl import WindowAttention, window_mask
 
 
@@ -210,7 +210,7 @@ class GCA(GPT):
         end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
         ids = (n - c.M + torch.arange(c.M + cache["new_key"].size(1), device=device))[:, None]    # (B, 1, M + new)
         seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # past, and not gone when its segment ends
-        with torch.autocast(device.type, enabled=False):                       # close scores must not change places
+        with full_precision(ask):                                              # close scores must not change places
             key = torch.cat([cache["key"], cache["new_key"].to(cache["key"])], 1)
             score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)
         noise = gumbel((reader - 1) * c.groups + g, ids) if self.training or c.retrieval == "random" else 0
@@ -237,5 +237,5 @@ class GCA(GPT):
         back = rope(torch.full((1,), -past, device=state["n"].device), c.head_dim)
         near = torch.stack([torch.stack([rotate(k[:, :, past:], back), v[:, :, past:]], 1) for k, v in near], 1)
         newest = lambda name: torch.cat([state[name], cache[f"new_{name}"].to(state[name])], 1)[:, new:].clone()
-        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + new, ask=cache["ask"],
+        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + past // c.U, ask=cache["ask"],
                     near=near.to(state["near"].dtype))

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, norm, rope
+from .gpt import GPT, Block, full_precision, norm, rope
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Memformer(GPT):
     def write(self, cache, state):
         *_, ids, h = cache
         mem, h = state["mem"], self.finished(h)
-        with torch.autocast(h.device.type, enabled=False):                     # bfloat16 would lose small changes
+        with full_precision(h):                                                # bfloat16 would lose small changes
             new = dict(mem=self.writer(mem, h.to(mem.dtype)))
         if self.c.back:
             new["last"] = ids[:, self.c.seg:].clone()
