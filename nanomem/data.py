@@ -110,7 +110,7 @@ def hold_out(texts):
 
 MAGIC, VERSION = 20240520, 1   # of the .bin files of llm.c
 FIVE_DIGITS = "[0-9]" * 5
-AGAIN = "make the shards again with python -m nanomem.data"
+AGAIN = "make the shards again with python -m nanomem.data, or nanomem.pg19"
 
 
 def write_shards(out, enc, splits, limit=2 ** 25):
@@ -171,7 +171,7 @@ def open_shards(folder, split):
         assert meta["format"] == "nanomem shards" and meta["version"] == VERSION
         enc, splits, ranks = tokenizer(meta["tokenizer"]), meta["splits"], meta["ranks"]
     except FileNotFoundError:
-        raise UserError(f"no shards in {folder} (it has no meta.json): make them with python -m nanomem.data") from None
+        raise UserError(f"no shards in {folder} (it has no meta.json): see python -m nanomem.data --help") from None
     except (AssertionError, KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'meta.json'} is damaged or not ours: {AGAIN}") from None
     if split not in splits:
@@ -224,7 +224,7 @@ def open_shard(path, index_path, enc):
 
 
 def moby_dick(split, name):
-    """The Books of the book in this package, with the tokenizer of that name. Its last tenth is for validation."""
+    """The embedded book, with the tokenizer of that name. The last tenth of the text is for validation."""
     splits = hold_out([("Moby-Dick", read_text(HERE / "books" / "moby-dick.txt"))])
     if split not in splits:
         raise UserError(f"the embedded book has no split {split}: {nearest(split, list(splits))}")
@@ -232,7 +232,7 @@ def moby_dick(split, name):
 
 
 def open_books(data, split, tokenizer="gpt2-4k"):
-    """The Books of a folder of shards, which know their tokenizer; with data="" those of the embedded Moby-Dick."""
+    """The Books of a folder of shards, which says its tokenizer itself; with data="" those of the embedded book."""
     return open_shards(data, split) if data else moby_dick(split, tokenizer)
 
 
@@ -276,7 +276,7 @@ class Loader:
 
     def __init__(self, books, B, T, seed=0, once=False, piece=None, interleave=1, interleave_len=1):
         if min(interleave, interleave_len) < 1 or T % (interleave * interleave_len):
-            raise UserError(f"{interleave} books that take turns of {interleave_len} tokens do not divide {T} tokens")
+            raise UserError(f"{T} tokens cannot be shared by {interleave} books in turns of {interleave_len} tokens")
         self.books, self.B, self.T, self.seed, self.once = books, B, T, seed, once
         self.interleave, self.interleave_len = interleave, interleave_len
         cursors, share = B * interleave, T // interleave
@@ -291,7 +291,7 @@ class Loader:
         self.cursors = [None] * cursors   # (piece, next target); None where there is nothing to read
 
     def next_piece(self):
-        """A cursor at the beginning of the next piece, or None if there is none left to read once."""
+        """A cursor at the beginning of the next piece, or None if `once` is set and none is left."""
         epoch, i = divmod(self.begun, len(self.pieces))
         if self.once and epoch > 0:
             return None
@@ -328,20 +328,20 @@ class Loader:
         return Batch(x, y, fresh, position, torch.zeros_like(x[:1, :1]).expand_as(x), book)
 
     def join(self, a):
-        """What each cursor has read, one after the other, (interleave * B, T / interleave), to batch elements (B, T).
-        Batch element b has cursors b, B + b, 2B + b, ..."""
+        """From the tokens of each cursor (interleave * B, T / interleave) to batch elements (B, T): element b has
+        cursors b, B + b, 2B + b, ..."""
         a = a.reshape(self.interleave, self.B, -1, self.interleave_len)      # (cursor, B, turn, token)
         return a.transpose(1, 2, 0, 3).reshape(self.B, self.T)               # (B, turn, cursor, token)
 
     def state_dict(self):
-        return dict(begun=self.begun, cursors=[c and list(c) for c in self.cursors], pieces=len(self.pieces))
+        return dict(begun=self.begun, cursors=list(self.cursors), pieces=len(self.pieces))
 
     def load_state_dict(self, state):
         saved, here = (state["pieces"], len(state["cursors"])), (len(self.pieces), len(self.cursors))
         if saved != here:
-            raise UserError("this loader cannot go on with the saved cursors: {} pieces were read by {} cursors, here "
-                            "are {} pieces and {} cursors".format(*saved, *here))
-        self.begun, self.cursors = state["begun"], [c and tuple(c) for c in state["cursors"]]
+            raise UserError("the saved position does not fit: it has {1} cursors in {0} pieces of text, here are {3} "
+                            "in {2}".format(*saved, *here))
+        self.begun, self.cursors = state["begun"], list(state["cursors"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

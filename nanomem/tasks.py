@@ -25,13 +25,8 @@ def draw(rng, B, n, k):
 
 
 def draw_keys(rng, B, n):
-    """n different keys for each text (B, n). Up to 16 are drawn from the first 16, because fewer keys are learned
-    sooner."""
+    """n different keys for each text (B, n), of the first 16 if that is enough, since fewer keys are learned sooner."""
     return NOISE + VALUES + draw(rng, B, max(16, n), n)
-
-
-def draw_values(rng, B, n):
-    return NOISE + rng.integers(VALUES, size=(B, n))
 
 
 def filler(rng, B, T):
@@ -39,28 +34,23 @@ def filler(rng, B, T):
     return rng.integers(NOISE + VALUES, size=(B, T))
 
 
-def nothing_scored(x):
-    """Targets and distances before any question is put in."""
-    return np.full_like(x, -1), np.zeros_like(x)
-
-
 def put_pairs(rng, x, y, distances, pairs, asks, mixed=False):
-    """Put key-value pairs into texts (B, T), as in `recall`. Returns key, value and last place of each pair, (B, pairs)
-    each."""
+    """Put key-value pairs into x, as `recall` describes. Returns each pair's key, value and last place, (B, pairs)."""
     B, T = x.shape
     if not 0 < pairs <= KEYS or asks < 1 or pairs * (asks + 1) > T // 2:
         raise UserError(f"{pairs} pairs that are asked for {asks} times do not fit into {KEYS} keys and {T} tokens")
     n = pairs * (asks + 1)
     places = 2 * np.sort(draw(rng, B, T // 2, n), 1)                     # (B, n) from left to right
-    pair = draw(rng, B, n, n) % pairs                                    # (B, n) the pair that stands there
+    pair = draw(rng, B, n, n) % pairs                                    # (B, n) which pair stands there
     if mixed:
-        pair = pair % (1 + rng.integers(pairs, size=(B, 1)))             # each text uses only its first pairs
-    before = np.zeros_like(places)                                       # (B, n) where that pair last stood, or -1
-    last, texts = np.full((B, pairs), -1), np.arange(B)
-    for i in range(n):
+        pair = pair % (1 + rng.integers(pairs, size=(B, 1)))             # only this many different ones
+    texts, last = np.arange(B), np.full((B, pairs), -1)                  # the last place of each pair so far
+    before = np.zeros_like(places)                                       # (B, n) the last place of that pair, or -1
+    for i in range(n):                                                   # through all B texts together
         before[:, i] = last[texts, pair[:, i]]
         last[texts, pair[:, i]] = places[:, i]
-    key, answer, texts = draw_keys(rng, B, pairs), draw_values(rng, B, pairs), texts[:, None]
+    key, answer = draw_keys(rng, B, pairs), NOISE + rng.integers(VALUES, size=(B, pairs))
+    texts = texts[:, None]
     x[texts, places], x[texts, places + 1] = key[texts, pair], answer[texts, pair]
     y[texts, places] = np.where(before >= 0, answer[texts, pair], -1)    # the first time, the value cannot be known
     distances[texts, places] = np.where(before >= 0, places - before, 0)
@@ -80,7 +70,7 @@ def recall(rng, B, T, pairs=2, asks=0, mixed=False):
     """
     asks = asks or T // (4 * max(1, pairs)) - 1
     x = filler(rng, B, T)
-    y, distances = nothing_scored(x)
+    y, distances = np.full_like(x, -1), np.zeros_like(x)
     put_pairs(rng, x, y, distances, pairs, asks, mixed)
     return x, y, distances
 
@@ -97,27 +87,27 @@ def needle(rng, B, T, distance=0, pairs=1, asks=1, hops=1, notice=0):
     notice=n: the key of a question also stands n tokens before it, for models that need a while to fetch the answer.
     distance=d: the only question is the last token, and its needle stands d tokens before.
 
-    The text is divided into slots of notice + 2 tokens. Needles and questions take one slot each. All choices of slots
+    The text is divided into slots of width notice + 2. Needles and questions take one slot each. All choices of slots
     are equally likely; of the slots for one key, the first are its needles, in order, and the others are its questions.
     """
-    width = notice + 2                                                   # of a slot
-    if min(pairs, asks, hops) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // width:
+    width = notice + 2
+    if min(pairs, asks, hops, notice + 1) < 1 or pairs * hops > KEYS or pairs * (hops + asks) > T // width:
         raise UserError(f"{pairs} needles (hops={hops}, notice={notice}) that are asked for {asks} times do not fit "
                         f"into {KEYS} keys and {T} tokens")
     if distance and not (2 <= distance < T and pairs == asks == hops == 1 and notice == 0):
         raise UserError(f"a needle at distance {distance} does not fit into {T} tokens, or is not the only one")
     x = rng.integers(NOISE, size=(B, T))
-    y, distances = nothing_scored(x)
+    y, distances = np.full_like(x, -1), np.zeros_like(x)
     texts = np.arange(B)[:, None]
     slots = draw(rng, B, T // width, pairs * (hops + asks)).reshape(B, pairs, hops + asks)
-    slots = width * np.sort(slots, 2)                                    # where they begin
+    slots = width * np.sort(slots, 2)                                                    # where they begin
     keys = draw_keys(rng, B, pairs * hops).reshape(B, pairs, hops)
     for pair in range(pairs):
         needles, questions = slots[:, pair, :hops], slots[:, pair, hops:] + width - 1    # (B, hops) and (B, asks)
-        needles = needles + 2 * rng.integers(width // 2, size=(B, hops))                 # anywhere in a wide slot
+        needles = needles + 2 * rng.integers(width // 2, size=(B, hops))     # at an even distance from its beginning
         if distance:
             needles, questions = np.full((B, 1), T - 1 - distance), np.full((B, 1), T - 1)
-        key, answer = keys[:, pair], draw_values(rng, B, 1)                              # (B, hops) and (B, 1)
+        key, answer = keys[:, pair], NOISE + rng.integers(VALUES, size=(B, 1))           # (B, hops) and (B, 1)
         x[texts, needles] = key
         x[texts, needles + 1] = np.concatenate([key[:, 1:], answer], 1)
         x[texts, questions] = x[texts, questions - notice] = key[:, :1]
@@ -125,10 +115,10 @@ def needle(rng, B, T, distance=0, pairs=1, asks=1, hops=1, notice=0):
     return x, y, distances
 
 
-def delayed(rng, B, T, pairs=1, plant=16, gap=64, every=4):
-    """Delayed recall. The first `plant` tokens are pairs, as in `recall`. Noise follows, in which from token `gap` on
+def delayed(rng, B, T, pairs=1, start=16, gap=64, every=4):
+    """Delayed recall. The first `start` tokens are pairs, as in `recall`. Noise follows, in which from token `gap` on
     one of `every` tokens is a key that asks again. No answer follows it, so that only the beginning helps.
-    Here plant=8, gap=12, every=4:
+    Here start=8, gap=12, every=4:
 
         inputs    A 3 B 7 B 7 A 3 . . . . . A . . B . . .
         targets   _ _ _ _ 7 _ 3 _ _ _ _ _ _ 3 _ _ 7 _ _ _
@@ -136,13 +126,13 @@ def delayed(rng, B, T, pairs=1, plant=16, gap=64, every=4):
 
     Each question takes any of its `every` places and asks for any pair, all equally likely.
     """
-    if not plant <= gap <= T - every or every < 1:
-        raise UserError(f"pairs in {plant} tokens and questions every {every} from {gap} on do not fit into {T} tokens")
+    if not 0 < start <= gap <= T - every or every < 1:
+        raise UserError(f"pairs in {start} tokens and questions every {every} from {gap} on do not fit into {T} tokens")
     x = rng.integers(NOISE, size=(B, T))
-    y, distances = nothing_scored(x)
-    x[:, :plant] = filler(rng, B, plant)
-    asks = plant // (2 * max(1, pairs)) - 1
-    key, answer, last = put_pairs(rng, x[:, :plant], y[:, :plant], distances[:, :plant], pairs, asks)
+    y, distances = np.full_like(x, -1), np.zeros_like(x)
+    x[:, :start] = filler(rng, B, start)
+    asks = start // (2 * max(1, pairs)) - 1
+    key, answer, last = put_pairs(rng, x[:, :start], y[:, :start], distances[:, :start], pairs, asks)
     questions = np.arange(gap, T - every + 1, every)
     questions = questions + rng.integers(every, size=(B, len(questions)))                # (B, n) places
     texts, pair = np.arange(B)[:, None], rng.integers(pairs, size=questions.shape)       # and what they ask for
@@ -167,7 +157,7 @@ def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
     if not 0 < pairs <= VALUES or 4 * pairs > T:
         raise UserError(f"{pairs} pairs and their questions do not fit into {VALUES} values and {T} tokens")
     x = filler(rng, B, T) if noise else np.zeros((B, T), np.int64)
-    y, distances = nothing_scored(x)
+    y, distances = np.full_like(x, -1), np.zeros_like(x)
     key, answer = draw_keys(rng, B, pairs), NOISE + draw(rng, B, VALUES, pairs)          # (B, pairs)
     stood = np.arange(0, 2 * pairs, 2)                                                   # (pairs,) where the keys stand
     x[:, stood], x[:, stood + 1] = key, answer
@@ -182,7 +172,7 @@ def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
 
 def retain(rng, B, T, facts=0, chunk=4):
     """A text in chunks, one for each segment of a model. Some chunks tell a fact, a key and its value. Some begin with
-    the key of an earlier fact and ask for its value. The rest is filler. Here chunk=4:
+    the key of an earlier fact and ask for its value. The rest is filler. Here chunk=4 and facts=2:
 
         inputs    . A 3 .|. . . .|. . B 7|A . . .|. . . .|B . . .
         targets   _ _ _ _|_ _ _ _|_ _ _ _|3 _ _ _|_ _ _ _|7 _ _ _
@@ -196,11 +186,12 @@ def retain(rng, B, T, facts=0, chunk=4):
     if not 0 < facts <= min(KEYS, chunks // 2) or chunk < 4:
         raise UserError(f"{facts} facts and their questions do not fit into {KEYS} keys and {chunks} chunks of {chunk}")
     x = filler(rng, B, T)
-    y, distances = nothing_scored(x)
-    two = draw(rng, B, chunks, 2 * facts).reshape(B, facts, 2)           # chunks for each fact
+    y, distances = np.full_like(x, -1), np.zeros_like(x)
+    two = draw(rng, B, chunks, 2 * facts).reshape(B, facts, 2)                           # two chunks for each fact
     told = two.min(2) * chunk + rng.integers(1, chunk - 1, size=(B, facts))              # (B, facts) places
     asked = two.max(2) * chunk
-    key, answer, texts = draw_keys(rng, B, facts), draw_values(rng, B, facts), np.arange(B)[:, None]
+    key, answer = draw_keys(rng, B, facts), NOISE + rng.integers(VALUES, size=(B, facts))
+    texts = np.arange(B)[:, None]
     x[texts, told], x[texts, told + 1], x[texts, asked] = key, answer, key
     y[texts, asked], distances[texts, asked] = answer, asked - told
     return x, y, distances
@@ -235,9 +226,9 @@ def vocab_of(name):
 
 
 class TaskLoader:
-    """Batches of a task through the interface of data.Loader; batch i depends on seed and i alone. Settings may follow
-    the name or be given as arguments, which win. With bptt_windows=n a text lasts for n batches: its memory must last
-    over them, and back-propagation reaches a part of the text only."""
+    """Batches of a task, with the methods of data.Loader. Batch i depends only on the seed and on i. Settings follow
+    the name or are arguments, which win. With bptt_windows=n, a text is n batches long: memory must carry its
+    facts from one BPTT window to the next, and back-propagation stays in one."""
 
     def __init__(self, name, B, T, seed=0, **settings):
         self.make, self.settings = settings_of(name)
@@ -248,14 +239,13 @@ class TaskLoader:
         self.B, self.T, self.seed, self.i = B, T, seed, 0
 
     def next(self):
-        """The next Batch."""
-        text, window = divmod(self.i, self.bptt_windows)
+        text, part = divmod(self.i, self.bptt_windows)
         self.i += 1
         rng = np.random.default_rng((self.seed, text))
-        arrays = self.make(rng, self.B, self.T * self.bptt_windows, **self.settings)
-        begin, end = window * self.T, (window + 1) * self.T
+        arrays = self.make(rng, self.B, self.T * self.bptt_windows, **self.settings)     # the whole text
+        begin, end = part * self.T, (part + 1) * self.T
         x, y, distances = (torch.from_numpy(a[:, begin:end]) for a in arrays)
-        return Batch(x, y, fresh=torch.full((self.B,), window == 0), distance=distances,
+        return Batch(x, y, fresh=torch.full((self.B,), part == 0), distance=distances,
                      position=torch.arange(begin, end).expand(self.B, self.T),
                      book=torch.arange(text * self.B, (text + 1) * self.B))
 
