@@ -19,7 +19,7 @@ SMALL = dict(layers=3, new=4, slots=16, found=6, store=40, query=3)   # N/K = 4:
 
 def small(name="mplus", **fields):
     fields = {**SMALL, **fields}
-    model = tiny(name, **(fields if name == "mplus" else {k: fields[k] for k in ("layers", "new", "slots")}))
+    model = tiny(name, **(fields if name == "mplus" else {k: v for k, v in fields.items() if k in ("layers", "new", "slots", "shift")}))
     if getattr(model.c, "M", 0):
         model.f_q.out.data *= 0.2      # no score so near to 1 that float32 sees ties
     return model
@@ -34,15 +34,23 @@ def slow(model, l, x, vectors, real):
     """What layer l makes of x (S, C), one token at a time: it attends to the memory vectors (P, C) that are real and to
     the tokens up to itself; positions run on through both."""
     block, P, y = model.blocks[l], len(vectors), []
-    q, k, v = block.attention.qkv(norm(torch.cat([vectors, x]))).view(P + len(x), 3, model.c.heads, -1).unbind(1)
-    angles = [a[:, None] for a in gpt.rope(torch.arange(P + len(x)), model.c.head_dim)]
-    q, k = gpt.rotate(norm(q), angles), gpt.rotate(norm(k), angles)
+    q, k, v = queries_keys_values(block.attention, torch.cat([vectors, x]))
     for i in range(P, P + len(x)):
         j = torch.cat([real.nonzero()[:, 0], torch.arange(P, i + 1)])
         w = (torch.einsum("hd,jhd->hj", q[i], k[j]) / math.sqrt(model.c.head_dim)).softmax(-1)
         y.append(torch.einsum("hj,jhd->hd", w, v[j]).flatten())
     x = x + block.attention.out(torch.stack(y))
     return x + block.mlp(norm(x))
+
+
+def queries_keys_values(attention, x):
+    """Of x (n, C) at positions 0 to n: three tensors (n, H, D). Half of each key is that of the position before."""
+    n, H, D = len(x), attention.c.heads, attention.c.head_dim
+    q, k, v = (linear(norm(x)).view(n, H, D) for linear in (attention.q, attention.k, attention.v))
+    angles = [a[:, None] for a in gpt.rope(torch.arange(n), D)]
+    q, k = gpt.rotate(norm(q), angles) * attention.gain[:, 0], gpt.rotate(norm(k), angles)
+    before = torch.cat([torch.zeros(1, H, D // 2), k[:-1, :, D // 2:]])
+    return q, torch.cat([k[:, :, :D // 2], before], 2), v
 
 
 def best(model, l, q, state):
@@ -100,8 +108,8 @@ def test_a_write_sees_only_the_newest_k_of_the_pool_and_nothing_of_the_store():
 @torch.no_grad()
 def test_memory_vectors_are_keys_and_values_only():
     """They pass no query, no output map and no MLP: S tokens do in a read, S in a write."""
-    model, lengths = small(), []
-    for name in ("attention.out", "attention.qkv", "mlp"):
+    model, lengths = small().eval(), []
+    for name in ("attention.out", "attention.q", "mlp"):
         model.blocks[1].get_submodule(name).register_forward_hook(lambda m, a, y: lengths.append(a[0].size(1)))
     after(model, 3)
     assert lengths == [S] * (3 * 2 * 3)
@@ -109,7 +117,7 @@ def test_memory_vectors_are_keys_and_values_only():
 
 @torch.no_grad()
 def test_memory_vectors_have_an_order_and_it_is_all_in_their_positions(monkeypatch):
-    model, x = small("memoryllm"), text(K=1)
+    model, x = small("memoryllm", shift=False), text(K=1)
     state = after(model)
     mixed = dict(state, pool=state["pool"].flip(2), birth=state["birth"].flip(2))
     assert not close(model(x, state)[0], model(x, mixed)[0])
@@ -286,10 +294,9 @@ def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
     layers, likely = model.extend(x, model.read(before))[1][2], {True: [], False: []}
     for l, (*_, inputs) in enumerate(layers):
         real, pool = before["birth"][0, l] >= 0, before["pool"][0, l]
-        q, k, _ = model.blocks[l].attention.qkv(norm(torch.cat([model.start[l], pool, inputs[0]]))).view(
-            1 + c.N + S, 3, c.heads, -1).unbind(1)
-        angles = [a[:, None] for a in gpt.rope(torch.arange(1 + c.N + S), c.head_dim)]
-        q, k = gpt.rotate(norm(q), angles)[1 + c.N:], gpt.rotate(norm(k), angles)[:1 + c.N]
+        found = model.find(l, before["query"][:, l], before)[0][0]         # half of the start's key is of the last one
+        q, k, _ = queries_keys_values(model.blocks[l].attention, torch.cat([found, model.start[l], pool, inputs[0]]))
+        q, k = q[c.K0 + 1 + c.N:], k[c.K0:c.K0 + 1 + c.N]
         w = torch.einsum("ihd,jhd->hij", q, k[F.pad(real, (1, 0), value=True)]) / math.sqrt(c.head_dim)
         w = w.softmax(-1).mean(0)[:, 1:]                                   # (S, vectors that are real)
         for i in range(0, S - c.m + 1, c.m):

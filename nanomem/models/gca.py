@@ -26,6 +26,7 @@ class Config(gpt.Config):
                  max(d for d in range(1, max(1, min(64, c.seg // 4)) + 1) if c.seg % d == 0))
     U = property(lambda c: c.m + (c.topk > 0))                             # positions of a chunk: tokens and a landmark
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.U)
+    kept = property(lambda c: c.W + 1 if c.W else 0)                       # one more, half of the next one's key
     s = property(lambda c: c.seg // c.m)                                   # chunks of a segment
     M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
     lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not see the bank
@@ -86,7 +87,7 @@ class GCA(GPT):
     what was found.
 
     state    key (B, M, C) and bank (B, M, H, m, 2D) of the last M chunks, the newest last   n (B,) chunks so far
-             ask (B, G, C) what the last landmark asks   near (B, L, 2, H, W, D) keys and values of the window
+             ask (B, G, C) what the last landmark asks   near (B, L, 2, H, W+1, D) keys and values of the window
     read     score = <ask, key> / sqrt(C), w = softmax over the k best. Every position attends to each of the k chunks by
              itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
     write    the chunks of a full segment come in, and the oldest go
@@ -119,14 +120,14 @@ class GCA(GPT):
         return dict(key=zeros(c.M, c.width),
                     bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, device="cpu" if c.host else like.device),
                     n=zeros().long(), ask=zeros(c.groups, c.width),
-                    near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))
+                    near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
 
     def read(self, state):
         """A segment begins: the state, and of this segment the keys and the bank entries of its chunks, the open chunk as
         the lower layers put it out, and what was found for it and for the others."""
         c, B = self.c, len(state["n"])
         empty = state["ask"].new_zeros
-        return dict(state, near=[layer.unbind(1) for layer in state["near"].unbind(1)],      # L times k, v (B, H, W, D)
+        return dict(state, near=[layer.unbind(1) for layer in state["near"].unbind(1)],      # L times k, v (B, H, W+1, D)
                     new_key=empty(B, 0, c.width), new_bank=empty(B, 0, c.heads, c.m, 2 * c.head_dim),
                     open=empty(B, 0, c.width), found=[], picks=empty(B, 0, c.groups, c.topk).long())
 
@@ -191,7 +192,7 @@ class GCA(GPT):
         if not c.W:
             return None
         block = max(d for d in range(1, max(c.W // 2, c.U) + 1) if T % d == 0)
-        return window_mask(c.W - n * c.U, P, T, c.W, block)
+        return window_mask(c.kept - n * c.U, P, T, c.W, block)
 
     def encode(self, h):
         """Full chunks h (B, n, U, C) -> their keys (B, n, C), and their keys and values (B, n, H, m, 2D)."""
@@ -233,7 +234,7 @@ class GCA(GPT):
 
     def write(self, cache, state):
         c, near, new = self.c, cache["near"], cache["new_key"].size(1)
-        past = near[0][0].size(2) - c.W                                        # positions that leave the window
+        past = near[0][0].size(2) - c.kept                                     # positions that leave the window
         back = rope(torch.full((1,), -past, device=state["n"].device), c.head_dim)
         near = torch.stack([torch.stack([rotate(k[:, :, past:], back), v[:, :, past:]], 1) for k, v in near], 1)
         newest = lambda name: torch.cat([state[name], cache[f"new_{name}"].to(state[name])], 1)[:, new:].clone()

@@ -19,6 +19,7 @@ class Config:
     width: int = 128    # C, channels of the residual stream
     seg: int = 128      # S, tokens in a segment
     mlp: int = -1       # hidden channels of an MLP; -1: four times the width
+    shift: bool = True  # keys take half of their channels from the token before
 
     head_dim = property(lambda c: c.width // c.heads)                   # D
     hidden = property(lambda c: c.mlp if c.mlp > 0 else 4 * c.width)
@@ -55,6 +56,21 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
 
+def split_heads(x, heads):
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)                         # (B, T, C) -> (B, H, T, D)
+
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)                                        # (B, H, T, D) -> (B, T, C)
+
+
+def with_previous(k):
+    """Keys (B, H, P, D) that know the token before: half of their channels, those that rotate slowly, are taken from the
+    key one position earlier. So one layer can find "what followed the last time", which needs two layers otherwise."""
+    own, slow = k.chunk(2, -1)
+    return torch.cat([own, F.pad(slow, (0, 0, 1, -1))], -1)                    # zeros before the first position
+
+
 def attend(q, k, v, mask=None):
     """Fused attention of queries q (B, H, T, D), the last T of P + T positions, to k and v (B, H, P+T, D).
 
@@ -68,29 +84,33 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE and QK-norm. `past` holds the rotated keys and the values of earlier positions."""
+    """Self-attention with RoPE and QK-norm. Normed queries and keys have scores of at most sqrt(D), too little to pick
+    one position of many; a learned gain for each head lifts that limit. `past` holds the rotated keys and the values of
+    earlier positions."""
 
     def __init__(self, c):
         super().__init__()
-        self.heads = c.heads
-        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
-        self.out = nn.Linear(c.width, c.width, bias=False)
+        self.c = c
+        self.q, self.k, self.v, self.out = (nn.Linear(c.width, c.width, bias=False) for _ in range(4))
+        self.gain = nn.Parameter(torch.full((c.heads, 1, 1), 2.0))
 
-    def project(self, x, rope):
-        """Normed and rotated queries and keys, and values, of x (B, T, C): three tensors (B, H, T, D)."""
-        q, k, v = self.qkv(x).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, 1)
-        q, k = (rotate(norm(z), rope).type_as(v) for z in (q, k))
-        return q, k, v
+    def queries(self, x, rope):
+        q = split_heads(self.q(x), self.c.heads)
+        return (rotate(norm(q), rope) * self.gain).type_as(q)                  # (B, H, T, D)
+
+    def keys_values(self, x, rope):
+        k, v = (split_heads(linear(x), self.c.heads) for linear in (self.k, self.v))
+        return rotate(norm(k), rope).type_as(v), v                             # (B, H, T, D) both
 
     def attend(self, q, k, v, mask):
         return attend(q, k, v, mask)
 
     def forward(self, x, rope, past=None, mask=None):
-        q, k, v = self.project(x, rope)
+        q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)
         if past is not None:
             k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
-        y = self.attend(q, k, v, mask)                                         # (B, H, T, D)
-        return self.out(y.transpose(1, 2).flatten(2)), (k, v)                  # (B, T, C)
+        y = self.attend(q, with_previous(k) if self.c.shift else k, v, mask)   # (B, H, T, D)
+        return self.out(merge_heads(y)), (k, v)                                # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -123,7 +143,8 @@ class GPT(nn.Module):
     read     nothing
     write    nothing
     paper    GPT-2 (Radford et al. 2019), with the modern parts of the nanoGPT speed runs
-    departs  RoPE, RMSNorm and QK-norm without weights, squared ReLU, no biases, untied head, MLPs that start at zero
+    departs  RoPE, RMSNorm and QK-norm without weights, a gain for each head, keys that know the token before, squared ReLU,
+             no biases, untied head, MLPs that start at zero
     """
     Config, Attention = Config, Attention   # another model puts its own here
     parallel = 1                            # segments that one call may bring: more where none waits for another

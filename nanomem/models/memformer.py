@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, full_precision, norm, rope
+from .gpt import GPT, Block, full_precision, merge_heads, norm, rope, split_heads
 
 
 @dataclass
@@ -23,14 +23,6 @@ class Config(gpt.Config):
         super().__post_init__()
         assert self.mem >= -1, f"mem counts memory slots, got {self.mem}"
         assert self.tau > 0, f"tau must be positive, got {self.tau}"
-
-
-def split_heads(x, heads):
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)                         # (B, T, C) -> (B, H, T, D)
-
-
-def merge_heads(x):
-    return x.transpose(1, 2).flatten(2)                                        # (B, H, T, D) -> (B, T, C)
 
 
 class Reader(nn.Module):
@@ -146,6 +138,8 @@ class Memformer(GPT):
         if self.c.back:
             ids = state["last"]
             _, past = self.backbone(self.embed(ids.clamp(min=0)), slots)
+            real = (ids >= 0)[:, None, :, None]                                # keys of no token are zeros
+            past = [(k * real, v) for k, v in past]
         return slots, past, ids, None
 
     def extend(self, tokens, cache):

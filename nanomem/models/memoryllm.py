@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, norm, rope, rotate
+from .gpt import GPT, norm, rope
 
 TABLE = 256   # random choices of what to drop that the table holds; a write uses the one at its number, modulo 256
 
@@ -78,11 +78,9 @@ class MemoryLLM(GPT):
         return torch.cat([start, state["pool"][:, l]], 1), F.pad(state["birth"][:, l] >= 0, (1, 0), value=True)
 
     def keys_values(self, l, vectors, end):
-        """The keys and values (B, H, P, D) that layer l makes of memory vectors (B, P, C), at positions before `end`."""
-        weight, P = self.blocks[l].attention.qkv.weight[self.c.width:], vectors.size(1)       # a memory has no query
-        k, v = F.linear(norm(vectors), weight).unflatten(2, (2 * self.c.heads, -1)).transpose(1, 2).chunk(2, 1)
-        angles = rope(torch.arange(end - P, end, device=vectors.device), self.c.head_dim)
-        return rotate(norm(k), angles).type_as(v), v
+        """The keys and values (B, H, P, D) that layer l makes of memory (B, P, C), at the positions before `end`."""
+        angles = rope(torch.arange(end - vectors.size(1), end, device=vectors.device), self.c.head_dim)
+        return self.blocks[l].attention.keys_values(norm(vectors), angles)
 
     def mask(self, filled, t, T):
         """What T tokens behind t others of their segment may look at (B, 1, T, P+t+T): memory that is filled, and the
@@ -98,7 +96,7 @@ class MemoryLLM(GPT):
         memory is filled, and its inputs so far (B, t, C)."""
         state, before, layers = cache
         c, t, T = self.c, before.size(1), tokens.size(1)
-        x, longer, first = self.embed(tokens), [], c.N + min(1, c.N)           # the position of the segment's first token
+        x, longer, first = self.embed(tokens), [], c.N + min(1, c.N)           # where the segment begins
         angles = rope(torch.arange(first + t, first + t + T, device=x.device), c.head_dim)
         for l, block in enumerate(self.blocks):
             if layers:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import memoryllm
-from .gpt import norm, rope, rotate
+from .gpt import norm, rope, with_previous
 from .memoryllm import MemoryLLM, expand, pick
 
 
@@ -142,9 +142,8 @@ class MPlus(MemoryLLM):
         c, shares, pool = self.c, [], slice(self.c.K0, self.c.K0 + 1 + self.c.N)
         angles = rope(torch.arange(c.seg, device=self.head.weight.device) + c.N + 1, c.head_dim)
         for block, ((k, _), filled, inputs) in zip(self.blocks, layers):
-            q = F.linear(norm(inputs), block.attention.qkv.weight[:c.width]).unflatten(2, (c.heads, -1)).transpose(1, 2)
-            q = rotate(norm(q), angles).type_as(k)                             # (B, H, S, D)
-            w = (q @ k[:, :, pool].mT).float() * c.head_dim ** -0.5            # (B, H, S, 1+N)
+            k = (with_previous(k) if c.shift else k)[:, :, pool]               # (B, H, 1+N, D)
+            w = (block.attention.queries(norm(inputs), angles) @ k.mT).float() * c.head_dim ** -0.5      # (B, H, S, 1+N)
             w = w.masked_fill(~filled[:, None, None, pool], -torch.inf).softmax(-1)
             shares.append(w.mean(1)[..., 1:])
         return torch.stack(shares, 1)

@@ -14,6 +14,7 @@ class Config(gpt.Config):
     slide: bool = False  # each token sees itself and the W before it; if not, all W kept and its segment so far
 
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.seg)
+    kept = property(lambda c: c.W + 1 if c.W else 0)    # one more, whose key is half of the next one's
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,9 +54,10 @@ class XL(GPT):
     """A cache of the last W tokens, one key and value a layer. Two presets are this model with other settings: `window`
     slides over the length of one segment, `full` over eight, which is full attention for the length of a BPTT window.
 
-    state    kv (B, L, 2, H, W, D) keys and values, the newest last, keys rotated to positions 0..W-1   n (B,) filled
+    state    kv (B, L, 2, H, W+1, D) keys and values, the newest last, keys rotated to positions 0..W   n (B,) filled; the
+             oldest is not looked at, it is there because half of its key belongs to the next one
     read     every layer's keys and values are [kept ; this segment], positions run on through both
-    write    the last W of the W + S positions; one rotation by -S moves their keys to positions 0..W-1
+    write    the last W+1 of all positions; one rotation by -S moves their keys to positions 0..W
     paper    Transformer-XL 1901.02860, section 3.2 (eq. h~ = [SG(h) ; h]); sliding window as in Longformer 2004.05150
     departs  keeps keys and values, not hidden states: old tokens are not projected again with newer weights; RoPE in
              place of the relative position terms (section 3.3). As in the paper the gradient stops at the cache;
@@ -69,12 +71,12 @@ class XL(GPT):
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
-        return dict(kv=like.new_zeros(B, c.layers, 2, c.heads, c.W, c.head_dim, dtype=torch.float32),
+        return dict(kv=like.new_zeros(B, c.layers, 2, c.heads, c.kept, c.head_dim, dtype=torch.float32),
                     n=like.new_zeros(B, dtype=torch.long))
 
     def read(self, state):
         kv = state["kv"] if self.c.slide else state["kv"].detach()            # SG(.) of section 3.2
-        return state["n"], [layer.unbind(1) for layer in kv.unbind(1)]        # L times k, v (B, H, W, D)
+        return state["n"], [layer.unbind(1) for layer in kv.unbind(1)]        # L times k, v (B, H, W+1, D)
 
     def extend(self, tokens, cache):
         n, past = cache
@@ -83,17 +85,18 @@ class XL(GPT):
         return self.head(h), (n, past)
 
     def mask(self, n, P, T):
-        """Which of P + T positions each of the last T may see, given that n (B,) of the first W are filled."""
-        W = self.c.W
-        if self.c.slide:
-            return window_mask(W - n, P, T, W, min(T, self.c.seg))            # a segment is a block
+        """Which of P + T positions each of the last T may see, given that n (B,) of the first W+1 are filled."""
+        c = self.c
+        if c.slide:
+            return window_mask(c.kept - n, P, T, c.W, min(T, c.seg))          # a segment is a block
         i = torch.arange(P, P + T, device=n.device)[:, None]                  # (T, 1)
         j = torch.arange(P + T, device=n.device)                              # (P+T,)
-        return (j <= i) & (j >= W - n[:, None, None, None])                   # (B, 1, T, P+T)
+        first = c.kept - n.clamp(max=c.W)[:, None, None, None]                # (B, 1, 1, 1)
+        return (j <= i) & (j >= first)                                        # (B, 1, T, P+T)
 
     def write(self, cache, state):
         n, past = cache
-        W, S = self.c.W, past[0][0].size(2) - self.c.W
+        kept, S = self.c.kept, past[0][0].size(2) - self.c.kept
         back = rope(torch.full((1,), -S, device=n.device), self.c.head_dim)
         kv = torch.stack([torch.stack([rotate(k[:, :, S:], back), v[:, :, S:]], 1) for k, v in past], 1)
-        return dict(kv=kv.to(state["kv"].dtype), n=(n + S).clamp(max=W))
+        return dict(kv=kv.to(state["kv"].dtype), n=(n + S).clamp(max=kept))
