@@ -42,9 +42,10 @@ class Run:
     interleave_len: int = 1      # segments from one book before the next has its turn
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that a batch is split into, one after the other
-    lr: float = 4e-3             # peak learning rate of AdamW
-    warmup: float = 0.02         # part of the steps in which it rises from 0
-    cooldown: float = 0.65       # part of the steps in which it falls to 0, at the end
+    muon: float = 0.02           # peak learning rate of Muon, for the matrices of the blocks (0: AdamW for these too)
+    lr: float = 4e-3             # peak learning rate of AdamW, for the rest: embedding, head, vectors, memories
+    warmup: float = 0.02         # part of the steps in which the rates rise from 0
+    cooldown: float = 0.65       # part of the steps in which they fall to 0, at the end
     decay: float = 0.1           # weight decay, of the matrices only
     clip: float = 1.0            # largest norm of the gradient
     log_interval: int = 20       # steps between two lines of the log
@@ -90,18 +91,24 @@ def loaders(run, seg):
             lambda: data.Loader(held_out, run.batch, T, once=True, piece=piece, **interleave), books.enc.n_vocab)
 
 
-def optimizer_of(model, run):
-    """AdamW. Only the matrices of linear layers decay, no embedding and no memory does."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == decays],
-                   weight_decay=decays * run.decay) for decays in (True, False)]
-    return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
+def optimizers_of(model, run):
+    """Muon for the matrices of linear layers but the head, AdamW for the rest: [(optimizer, peak learning rate)]. Only
+    matrices decay, no embedding and no memory does."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    by_muon = [p for p in matrices if run.muon and p is not model.head.weight]
+    by_adamw = [p for p in model.parameters() if all(p is not q for q in by_muon)]
+    decay, rest = [[p for p in by_adamw if any(p is q for q in matrices) == matrix] for matrix in (True, False)]
+    groups = [dict(params=decay, weight_decay=run.decay), dict(params=rest, weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
+    if not by_muon:
+        return [(adamw, run.lr)]
+    return [(torch.optim.Muon(by_muon, lr=run.muon, weight_decay=run.decay), run.muon), (adamw, run.lr)]
 
 
-def learning_rate(run, step):
-    """A short rise, a plateau, a straight line down to zero."""
+def schedule(run, step):
+    """The part of the peak learning rate at a step: a short rise, a plateau, a straight line down to zero."""
     up, down = run.warmup * run.steps, run.cooldown * run.steps
-    return run.lr * min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
+    return min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
 
 
 def validate(model, loader, batches, dtype):
@@ -130,7 +137,7 @@ def load_run(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
     saved = checkpoint.load(last, "checkpoint")
     was = {**saved["run"], **saved["config"], "model": saved["name"]}
-    fixed = ("data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed")
+    fixed = ("data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon")
     for k, v in {**{k: typed.get(k, was[k]) for k in fixed}, **fields, "model": typed.get("model", Run.model)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
@@ -162,12 +169,13 @@ def main(argv):
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
     model = nanomem.build(run.model, **fields).to(device)
-    optimizer = optimizer_of(model, run)
+    optimizers = optimizers_of(model, run)
     B = run.batch // world                             # batch elements of this process
     state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:
         model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for (optimizer, _), was in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(was)
         loader.load_state_dict(saved["loader"])
         torch.set_rng_state(saved["rng"])
         state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
@@ -184,8 +192,9 @@ def main(argv):
             whole[k] = torch.cat(parts)
         for path in paths if rank == 0 else ():
             checkpoint.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step,
-                            best=best, seconds=seconds, weights=model.state_dict(), optimizer=optimizer.state_dict(),
-                            loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
+                            best=best, seconds=seconds, weights=model.state_dict(), loader=loader.state_dict(),
+                            optimizers=[optimizer.state_dict() for optimizer, _ in optimizers], state=whole,
+                            rng=torch.get_rng_state())
 
     tokens = run.batch * run.segments * model.c.seg    # in a step
     if rank == 0:
@@ -202,8 +211,9 @@ def main(argv):
     losses, clock = [], time.perf_counter()
     with catch_ctrl_c() as stop:
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run, step)
+            for optimizer, peak in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * schedule(run, step)
             batch = stream.scored(loader.next().elements(rank * B, (rank + 1) * B).to(device), model)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
@@ -229,13 +239,15 @@ def main(argv):
                 if not math.isfinite(v):
                     raise UserError(f"the {name} is {v} at step {step}: try a lower --lr"
                                     + (f"; {last} is the last good checkpoint" if last.exists() else ""))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer, _ in optimizers:
+                optimizer.step()
+            model.zero_grad()
             losses.append(loss)
 
             # log, evaluate, save
             done = step + 1
-            evaluates, ends_here = done % run.eval_interval == 0 or done == run.steps, done == run.steps or bool(stopped)
+            evaluates = done % run.eval_interval == 0 or done == run.steps
+            ends_here = done == run.steps or bool(stopped)
             if not (evaluates or ends_here or done % run.log_interval == 0):
                 continue
             spent = time.perf_counter() - clock
@@ -245,11 +257,11 @@ def main(argv):
                 if evaluates:
                     val_loss, accuracy = validate(model, held_out(), run.eval_batches, dtype)
                 val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {learning_rate(run, step):.1e}  "
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {run.lr * schedule(run, step):.1e}  "
                           f"grad {grad_norm:6.2f}  {speed / 1e3:7.1f}k tok/s"
                           f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, val_loss, accuracy, learning_rate(run, step), grad_norm, speed,
+                    csv.writer(f).writerow([done, mean, val_loss, accuracy, run.lr * schedule(run, step), grad_norm, speed,
                                             seconds / 60])
             if evaluates or ends_here:
                 better = evaluates and rank == 0 and val_loss < best

@@ -293,7 +293,7 @@ def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
     model = tiny("memformer")
     tokens = {K: text(K=K) for K in (4, 16)}
 
-    def peak(walk, K):
+    def peak(way, K):
         once = lambda: way(model, stream.make_step(model), tokens[K], tokens[K], model.init_state(2), 1.0)
         once()
         with measure.LiveBytes() as live:
