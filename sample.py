@@ -3,9 +3,11 @@
     python sample.py out/rmt --prompt="Call me Ishmael."
     python sample.py out/rmt --file=book.txt --save-memory=book.pt      read a book once, keep what is remembered
     python sample.py out/rmt --load-memory=book.pt --prompt=" And then"  go on from there, as often as you like
-    cat book.txt | python sample.py out/rmt
+    cat book.txt | python sample.py out/rmt --prompt="And then"          what is piped comes before the prompt
 """
 import codecs
+import os
+import stat
 import sys
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import nanomem
-from nanomem import cli, data, stream, tasks
+from nanomem import checkpoint, cli, data, stream, tasks
 from nanomem.cli import UserError
 
 
@@ -24,7 +26,7 @@ class Sample:
     tokens: int = 200         # tokens to write
     temperature: float = 0.8  # 0 takes the most likely token
     top_k: int = 0            # choose among the k most likely tokens (0: all)
-    top_p: float = 1.0        # choose among the most likely tokens that hold this much of the probability
+    top_p: float = 1.0        # choose among the most likely tokens that together have this probability
     seed: int = 0             # of the choices
     save_memory: str = ""     # file for what is remembered at the end
     load_memory: str = ""     # file of an earlier --save-memory to go on from
@@ -32,7 +34,7 @@ class Sample:
 
 
 def picker(s, vocab, device):
-    """How a token is chosen from logits (B, V): (B, 1), never one of the rows behind the vocabulary."""
+    """How a token is chosen from logits (B, V): (B, 1), never one of the entries behind the vocabulary."""
     generator = torch.Generator(device).manual_seed(s.seed)
 
     def pick(logits):
@@ -48,6 +50,17 @@ def picker(s, vocab, device):
     return pick
 
 
+def standard_input(s):
+    """What comes through a pipe or from a redirected file, else ""."""
+    if s.file == "-":
+        return sys.stdin.read()
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):          # no such thing as standard input
+        return ""
+    return sys.stdin.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+
+
 def main(argv):
     (typed,), words = cli.parse(argv, Sample)
     s = Sample(**typed)
@@ -57,29 +70,32 @@ def main(argv):
     for name, good in fits.items():
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
-    model, checkpoint = nanomem.load(words[0])
-    if tasks.is_task(checkpoint["run"]["data"]):
-        raise UserError(f"{words[0]} was trained on the task {checkpoint['run']['data']}, which is no text")
-    enc = data.tokenizer(checkpoint["run"]["tokenizer"])
+    if s.save_memory:
+        checkpoint.target(s.save_memory)                   # rather now than after an hour of reading
     device = stream.machine(s.device)[0]
+    model, saved = nanomem.load(words[0])
+    with checkpoint.using(words[0]):
+        task, enc = saved["run"]["data"], data.tokenizer(saved["run"]["tokenizer"])
+    if tasks.is_task(task):
+        raise UserError(f"{words[0]} was trained on the task {task}, which is no text")
     reader = stream.Reader(model.to(device).eval())
     try:
-        with torch.no_grad():
-            model.read(reader.state)
-    except AssertionError as refusal:   # a model as published may need tokens that are not there yet
+        with torch.no_grad():                              # a model as published may need tokens that are not there yet
+            model.extend(torch.tensor([[enc.eot_token]], device=device), model.read(reader.state))
+    except AssertionError as refusal:
         raise UserError(f"{words[0]} cannot write text: {refusal}") from None
 
-    piped = s.file == "-" or not (s.file or s.prompt or s.load_memory or sys.stdin.isatty())
     try:
-        text = sys.stdin.read() if piped else data.read_text(s.file) if s.file else ""
-    except UnicodeDecodeError:
-        raise UserError("standard input is not UTF-8 text") from None
-    ids = enc.encode_ordinary(text + s.prompt)
+        text = (data.read_text(s.file) if s.file not in ("", "-") else standard_input(s)) + s.prompt
+        text.encode()
+    except UnicodeError:
+        raise UserError("the prompt or standard input is not UTF-8 text") from None
+    ids = enc.encode_ordinary(text)
     if s.load_memory:
         reader.load(s.load_memory)
     else:
         ids = [enc.eot_token, *ids]                        # every book begins with it
-    step = 64 * model.c.seg                                 # tokens between two moves of the bar
+    step = 64 * model.c.seg                                # tokens between two moves of the bar
     for i in tqdm(range(0, len(ids), step), desc="reading", unit=f"x{step} tokens", disable=len(ids) <= step):
         reader(torch.tensor([ids[i:i + step]], device=device))
 
@@ -94,6 +110,7 @@ def main(argv):
         reader.save(s.save_memory)
         print(f"{reader.count:,} tokens are remembered in {s.save_memory} "
               f"({stream.nbytes(reader.state) / 1024:.0f} KB of state)", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

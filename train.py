@@ -10,8 +10,6 @@ import contextlib
 import csv
 import math
 import os
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +40,7 @@ class Run:
     interleave_len: int = 1      # segments from one book before the next has its turn
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
     accum: int = 1               # parts that a batch is split into, one after the other
-    muon: float = 0.02           # peak learning rate of Muon, for the matrices of the blocks (0: AdamW for these too)
+    muon: float = 0.04           # peak learning rate of Muon, for the matrices of the blocks (0: AdamW for these too)
     lr: float = 4e-3             # peak learning rate of AdamW, for the rest: embedding, head, vectors, memories
     warmup: float = 0.02         # part of the steps in which the rates rise from 0
     cooldown: float = 0.65       # part of the steps in which they fall to 0, at the end
@@ -58,37 +56,69 @@ class Run:
 
 
 def parse(argv):
-    """The command line as a Run's fields and the model's own fields, only what was typed."""
-    name = cli.peek(argv, "model", Run.model)
-    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name).Config)
+    """The command line as a Run's fields and the model's own fields, only what was typed; and the checkpoint to go on
+    from with --resume, else None."""
+    saved, name = None, cli.peek(argv, "model", "")
+    if "--resume" in argv:
+        last = Path(cli.peek(argv, "out", f"out/{name or Run.model}")) / "last.pt"
+        saved = checkpoint.load(last, "checkpoint")
+        name = name or str(saved.get("name"))
+    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name or Run.model).Config)
     if words:
         raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
-    return run, fields
+    return run, fields, saved
 
 
 def check(run, world):
+    """Raises UserError for a value that makes no sense."""
     for name in ("steps", "batch", "segments", "interleave", "interleave_len", "accum", "log_interval", "eval_interval",
                  "eval_batches"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
+    for name in ("muon", "lr", "decay", "clip", "seed"):
+        if getattr(run, name) < 0:
+            raise UserError(f"--{name} must not be negative, got {getattr(run, name)}")
+    for name in ("warmup", "cooldown"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise UserError(f"--{name} is a part of the steps, between 0 and 1, got {getattr(run, name)}")
     if run.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype is float32 or bfloat16, got {run.dtype}")
     if run.batch % (world * run.accum):
         raise UserError(f"--batch={run.batch} does not split over {world} devices x {run.accum} parts")
 
 
-def loaders(run, seg):
-    """A loader for training, a function that opens one for evaluation, and the size of the vocabulary."""
+def check_memory(run, fields, device):
+    """Raises UserError if weights, gradients and optimizers, or the logits of a step, cannot fit into the memory."""
+    with torch.device("meta"):
+        model = nanomem.build(run.model, **fields)
+    weights = sum(p.numel() for p in model.parameters())
+    need = 16 * weights + 8 * (run.batch // run.accum) * run.segments * model.c.seg * model.c.vocab
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have:
+        raise UserError(f"{weights:,} parameters and {run.batch} x {run.segments} segments need {need / 1e9:,.0f} GB, "
+                        f"here are {have / 1e9:,.0f}: try a smaller width, batch, seg or vocab, or a larger --accum")
+
+
+def loaders(run, typed, seg):
+    """A loader for training, a function that opens one for evaluation, the size of the vocabulary, and a fingerprint of
+    the data."""
     T, interleave = run.segments * seg, dict(interleave=run.interleave, interleave_len=run.interleave_len * seg)
     if tasks.is_task(run.data):
         return (tasks.TaskLoader(run.data, run.batch, T, seed=run.seed),
-                lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1)), tasks.vocab_of(run.data))
+                lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1)), tasks.vocab_of(run.data), "")
+    if run.data and not Path(run.data).exists():
+        raise UserError(f"there is no folder {run.data}, and no task of that name: "
+                        + cli.nearest(run.data.partition(":")[0], list(tasks.TASKS)))
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
+    if typed.get("tokenizer", books.enc.name) != books.enc.name:
+        raise UserError(f"{run.data} was made with the tokenizer {books.enc.name}: leave --tokenizer out")
     run.tokenizer = books.enc.name
     cursors = run.batch * run.interleave
     piece = None if len(held_out) >= cursors else -(-sum(map(len, held_out.tokens)) // cursors)
     return (data.Loader(books, run.batch, T, run.seed, **interleave),
-            lambda: data.Loader(held_out, run.batch, T, once=True, piece=piece, **interleave), books.enc.n_vocab)
+            lambda: data.Loader(held_out, run.batch, T, once=True, piece=piece, **interleave), books.enc.n_vocab,
+            books.fingerprint())
 
 
 def optimizers_of(model, run):
@@ -112,74 +142,87 @@ def schedule(run, step):
 
 
 def validate(model, loader, batches, dtype):
-    """On the first batches of the held-out text: the mean loss in nats a token, and the part of correct guesses."""
+    """On the first batches of the held-out text: the mean loss in nats a token, and the part of correct guesses. Both
+    are NaN if nothing is scored there."""
     nll, hits, n = 0.0, 0, 0
     model.eval()
     for batch, loss, correct in stream.evaluate(model, loader, batches, dtype):
         asked = batch.y >= 0
         nll, hits, n = nll + loss.sum().item(), hits + (correct & asked).sum().item(), n + asked.sum().item()
     model.train()
-    return nll / n, hits / n
+    return (nll / n, hits / n) if n else (math.nan, math.nan)
 
 
-@contextlib.contextmanager
-def catch_ctrl_c():
-    """A list that the first Ctrl-C fills, so that the step can end and be saved. The second one does not wait."""
-    stop = []
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def load_run(last, typed, fields):
-    """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
-    saved = checkpoint.load(last, "checkpoint")
+def check_resume(saved, run, typed, fields):
+    """Raises UserError where what was typed contradicts the run that goes on."""
     was = {**saved["run"], **saved["config"], "model": saved["name"]}
-    fixed = ("data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon")
-    for k, v in {**{k: typed.get(k, was[k]) for k in fixed}, **fields, "model": typed.get("model", Run.model)}.items():
-        if v != was[k]:
-            raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
-    return saved
+    fixed = ("model", "data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon")
+    for k in (*fixed, *fields):
+        new = typed.get(k, fields.get(k, was[k]))
+        if new != was[k]:
+            raise UserError(f"this run was made with --{k}={was[k]}, not {new}: leave the flag out, or change --out")
+    if saved["step"] >= run.steps:
+        raise UserError(f"this run has done all of its {run.steps} steps: --steps=N with a larger N goes on")
+    if run.steps != was["steps"]:
+        print(f"note: with {run.steps} steps in place of {was['steps']} the learning rate goes on at "
+              f"{schedule(run, saved['step']):.0%} of its peak, before it would have been "
+              f"{schedule(Run(**saved['run']), min(saved['step'], was['steps'] - 1)):.0%}")
+
+
+def new_log(out, step):
+    """log.csv with its lines up to this step; those that came later will be done again."""
+    lines = (out / "log.csv").read_text().splitlines() if step and (out / "log.csv").exists() else []
+    kept = [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+    head = "step,loss,val_loss,val_accuracy,lr,grad_norm,tokens_per_s,minutes"
+    (out / "log.csv").write_text("\n".join([head, *kept]) + "\n")
 
 
 def main(argv):
-    typed, fields = parse(argv)
-    run, saved = Run(**typed), None
+    typed, fields, saved = parse(argv)
+    run = Run(**typed)
     out = Path(run.out or f"out/{run.model}")
-    last, top = out / "last.pt", out / "best.pt"
-    if run.resume:
-        saved = load_run(last, typed, fields)
-        run, fields = Run(**{**saved["run"], **typed}), saved["config"]
-        if saved["step"] >= run.steps:
-            raise UserError(f"{last} has done all of its {run.steps} steps: --steps=N with a larger N goes on")
-    elif last.exists() and not run.overwrite:
+    if saved:
+        with checkpoint.using(out / "last.pt"):
+            run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
+            check_resume(saved, run, typed, fields)
+            fields = dict(saved["config"])
+    elif (out / "last.pt").exists() and not run.overwrite:
         raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(run, world)
+    with checkpoint.lock(out) if rank == 0 else contextlib.nullcontext():
+        return train(run, typed, fields, saved, out, rank, world)
+
+
+def train(run, typed, fields, saved, out, rank, world):
+    """The page: everything is made, then loaded if a run goes on, then comes the loop. Returns the exit code."""
+    last, top = out / "last.pt", out / "best.pt"
     device, dtype, compile = stream.machine(run.device, run.dtype, run.compile)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # the data, the model, the optimizer, and where they stopped
+    # the data, the model, the optimizers, and where they stopped
     torch.manual_seed(run.seed)
-    loader, held_out, vocab = loaders(run, fields.get("seg", gpt.Config.seg))
+    loader, held_out, vocab, data_hash = loaders(run, typed, fields.get("seg", gpt.Config.seg))
     fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number is faster; the last entries are no tokens
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
+    check_memory(run, fields, device)
     model = nanomem.build(run.model, **fields).to(device)
     optimizers = optimizers_of(model, run)
     B = run.batch // world                             # batch elements of this process
     state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:
-        model.load_state_dict(saved["weights"])
-        for (optimizer, _), was in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(was)
-        loader.load_state_dict(saved["loader"])
-        torch.set_rng_state(saved["rng"])
-        state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
-        start, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        with checkpoint.using(last):
+            if saved["data_hash"] != data_hash:
+                raise UserError(f"{run.data or 'the embedded book'} is not the data that this run was trained on")
+            model.load_state_dict(saved["weights"])
+            for (optimizer, _), was in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(was)
+            loader.load_state_dict(saved["loader"])
+            torch.set_rng_state(saved["rng"])
+            state = {k: saved["state"][k][rank * B:(rank + 1) * B].to(v).view_as(v) for k, v in state.items()}
+            start, best, seconds = int(saved["step"]), float(saved["best"]), float(saved["seconds"])
     forward = stream.make_step(model, dtype, compile)
     backward = stream.replay if run.replay else stream.bptt
 
@@ -192,24 +235,20 @@ def main(argv):
             whole[k] = torch.cat(parts)
         for path in paths if rank == 0 else ():
             checkpoint.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step,
-                            best=best, seconds=seconds, weights=model.state_dict(), loader=loader.state_dict(),
+                            best=best, seconds=seconds, data_hash=data_hash, weights=dict(model.state_dict()),
                             optimizers=[optimizer.state_dict() for optimizer, _ in optimizers], state=whole,
-                            rng=torch.get_rng_state())
+                            loader=loader.state_dict(), rng=torch.get_rng_state())
 
     tokens = run.batch * run.segments * model.c.seg    # in a step
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not saved:
-            last.unlink(missing_ok=True), top.unlink(missing_ok=True)
-            (out / "log.csv").write_text("step,loss,val_loss,val_accuracy,lr,grad_norm,tokens_per_s,minutes\n")
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{run.model} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
               f"{stream.nbytes(state) / 1024:.0f} KB of state a book; {run.steps} steps of {tokens:,} tokens; "
               f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
 
     bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.model, disable=rank > 0)
-    losses, clock = [], time.perf_counter()
-    with catch_ctrl_c() as stop:
+    losses, norms, clock = [], [], time.perf_counter()
+    with cli.catch_stop() as stop:
         for step in bar:
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
@@ -227,49 +266,60 @@ def main(argv):
                 loss = loss + total / targets
                 ends.append(end)
             state = {k: torch.cat([end[k] for end in ends]) for k in state}
-            sums = torch.stack([loss, loss.new_tensor(float(len(stop)))])
+            stopped = bool(stop)
             if world > 1:                              # by hand: DDP expects one backward a step, replay makes K
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
+                sums = torch.stack([loss, loss.new_tensor(float(stopped))])
                 dist.all_reduce(sums)
-            loss, stopped = sums.tolist()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip).item()
-            for name, v in dict(loss=loss, gradient=grad_norm).items():
-                if not math.isfinite(v):
-                    raise UserError(f"the {name} is {v} at step {step}: try a lower --lr"
-                                    + (f"; {last} is the last good checkpoint" if last.exists() else ""))
+                loss, stopped = sums[0], bool(sums[1])
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), run.clip or math.inf))
+            losses.append(loss)                        # a number would wait for the device
             for optimizer, _ in optimizers:
                 optimizer.step()
             model.zero_grad()
-            losses.append(loss)
 
             # log, evaluate, save
             done = step + 1
             evaluates = done % run.eval_interval == 0 or done == run.steps
-            ends_here = done == run.steps or bool(stopped)
-            if not (evaluates or ends_here or done % run.log_interval == 0):
+            if not (evaluates or stopped or done % run.log_interval == 0):
                 continue
+            losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
+            for i, numbers in enumerate(zip(losses, norms)):
+                for name, v in zip(("loss", "gradient"), numbers):
+                    if not math.isfinite(v):
+                        raise UserError(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr"
+                                        + (f"; {last} is the last good checkpoint" if saved or done > run.eval_interval
+                                           else ""))
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent
-            mean, losses, val_loss, accuracy = sum(losses) / len(losses), [], None, None
+            mean, norm, val_loss, accuracy, problem = sum(losses) / len(losses), norms[-1], None, None, None
             if rank == 0:
                 if evaluates:
-                    val_loss, accuracy = validate(model, held_out(), run.eval_batches, dtype)
+                    try:
+                        val_loss, accuracy = validate(model, held_out(), run.eval_batches, dtype)
+                    except Exception as e:             # first save, then say so
+                        val_loss, accuracy, problem = math.nan, math.nan, e
                 val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {run.lr * schedule(run, step):.1e}  "
-                          f"grad {grad_norm:6.2f}  {speed / 1e3:7.1f}k tok/s"
-                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
+                rate = run.lr * schedule(run, step)
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  {speed / 1e3:7.1f}k tok/s  "
+                          f"{(run.steps - done) * tokens / speed / 60:6.1f} min left")
+                if done <= start + len(losses):
+                    new_log(out, start)
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, val_loss, accuracy, run.lr * schedule(run, step), grad_norm, speed,
-                                            seconds / 60])
-            if evaluates or ends_here:
+                    csv.writer(f).writerow([done, mean, val_loss, accuracy, rate, norm, speed, seconds / 60])
+            if evaluates or stopped:
                 better = evaluates and rank == 0 and val_loss < best
                 best = val_loss if better else best
-                save(done, last, *([top] if better else []))
+                save(done, *([top] if better else []), last)     # in this order: what a kill leaves is made good again
+                if top.exists() and not saved and best == math.inf and rank == 0:
+                    top.unlink()                       # of the run that this one overwrites
+            if problem:
+                raise problem
             if stopped:
                 break
-            clock = time.perf_counter()
+            losses, norms, clock = [], [], time.perf_counter()
     bar.close()
     if world > 1:
         dist.barrier()                 # a process that exits while its last message is on its way may abort

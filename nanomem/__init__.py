@@ -54,6 +54,7 @@ def load(path, **fields):
     if path.is_dir():
         path = next((path / f for f in ("best.pt", "last.pt") if (path / f).exists()), path / "last.pt")
     saved = checkpoint.load(path, "checkpoint")
-    model = build(saved["name"], **{**saved["config"], **fields})
-    model.load_state_dict(saved["weights"])
+    with checkpoint.using(path):
+        model = build(saved["name"], **{**saved["config"], **fields})
+        model.load_state_dict(saved["weights"])
     return model, saved

@@ -1,4 +1,5 @@
-"""Files of tensors: written whole or not at all, and read without running code from them."""
+"""Files of tensors: written whole or not at all, read without running code from them, and checked by their sum."""
+import contextlib
 import hashlib
 import os
 import pickle
@@ -11,36 +12,100 @@ from .cli import UserError
 VERSION = 2   # 1 named the model "room" and its weights "model"
 
 
-def weights_hash(model):
-    """The SHA-256 of all weights: a memory can be read on only by the weights that made it."""
+def checksum(content):
+    """SHA-256 of nested dicts, lists, numbers, strings and tensors."""
     digest = hashlib.sha256()
-    for v in model.state_dict().values():
-        digest.update(v.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def add(x):
+        if isinstance(x, torch.Tensor):
+            digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(x, dict):
+            for k, v in x.items():
+                digest.update(repr(k).encode())
+                add(v)
+        elif isinstance(x, (list, tuple)):
+            digest.update(f"{type(x).__name__}{len(x)}".encode())
+            for v in x:
+                add(v)
+        else:
+            digest.update(repr(x).encode())
+    add(content)
     return digest.hexdigest()
 
 
+def weights_hash(model):
+    """The checksum of all weights: a memory can only be used with the weights that made it."""
+    return checksum(dict(model.state_dict()))
+
+
+def target(path):
+    """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        raise UserError(f"{path} is not a regular file and will not be replaced: choose another name")
+    return real
+
+
 def save(path, kind, **content):
-    """Write a file that `load` reads with weights_only. The old file stays whole until the new one is."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that `load` reads. The old file stays whole until the new one is."""
+    path = target(path)
+    content = dict(format=f"nanomem {kind}", version=VERSION, **content)
     scratch = path.with_name(path.name + ".tmp")
-    torch.save(dict(format=f"nanomem {kind}", version=VERSION, **content), scratch)
-    os.replace(scratch, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content, checksum=checksum(content)), scratch)
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as e:             # torch.save raises RuntimeError where it cannot open the file
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def load(path, kind):
-    """Read what `save` wrote, onto the CPU. Raises UserError if it is missing, cut off, too old, or something else."""
+    """Read what `save` wrote, onto the CPU. Raises UserError if it is missing, damaged, too old, or something else."""
     if not os.path.isfile(path):
         raise UserError(f"cannot read {path}: no such file")
+    damaged = f"{path} is damaged or not a {kind}: it may have been cut off or changed while copying"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UserError(f"{path} is damaged or not a {kind}: it may have been cut off while copying") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OverflowError,
+            AssertionError, UnicodeDecodeError, pickle.UnpicklingError):
+        raise UserError(damaged) from None
     found = content.get("format", "") if isinstance(content, dict) else ""
     if found != f"nanomem {kind}":
-        but = f" but a {found.removeprefix('nanomem ')}" if found else ""
+        but = f" but a {found.removeprefix('nanomem ')}" if found and isinstance(found, str) else ""
         raise UserError(f"{path} is not a {kind} of nanomem{but}")
     if content.get("version") != VERSION:
         raise UserError(f"{path} was written in format {content.get('version')}, this code reads format {VERSION}: "
                         "train again, or use the code that wrote it")
+    if content.pop("checksum", None) != checksum(content):
+        raise UserError(damaged)
     return content
+
+
+@contextlib.contextmanager
+def using(path):
+    """While the content of a file is put to use: what is missing or has another shape becomes a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError) as e:
+        why = (str(e).splitlines() or [""])[0][:80]
+        raise UserError(f"{path} does not hold what it should ({type(e).__name__}: {why})") from None
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Two runs in one folder would overwrite each other. The lock ends with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as e:
+        raise UserError(f"cannot write into {folder}: {e.strerror}") from None
+    with file:
+        try:
+            import fcntl                                   # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+        yield

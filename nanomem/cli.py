@@ -1,8 +1,10 @@
 """Command lines from dataclasses: a field is a flag, its default is typed, and the comment behind it is the help."""
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
+import signal
 import sys
 
 
@@ -23,9 +25,13 @@ def value(flag, text, kind):
             raise UserError(f"--{flag} is a switch: write --{flag} or --no-{flag}, not --{flag}={text}")
         return text.lower() in ("true", "1", "yes")
     try:
-        return kind(text)
-    except ValueError:
-        raise UserError(f"--{flag} takes a {'whole ' if kind is int else ''}number, got '{text}'") from None
+        number = kind(text)
+        if kind is str or abs(number) < 2 ** 53:          # which an infinity and a NaN are not
+            return number
+    except (ValueError, OverflowError):
+        pass
+    whole = "whole " if kind is int else ""
+    raise UserError(f"--{flag} takes a {whole}number that is not too large, got '{text[:40]}'")
 
 
 def parse(argv, *classes):
@@ -41,6 +47,8 @@ def parse(argv, *classes):
     typed, words, rest = {}, [], list(argv)
     while rest:
         arg = rest.pop(0)
+        if arg.startswith("-") and not arg.startswith("--") and arg[1:].partition("=")[0].replace("-", "_") in kinds:
+            raise UserError(f"flags begin with two dashes: -{arg}")
         if not arg.startswith("--"):
             words.append(arg)
             continue
@@ -51,7 +59,10 @@ def parse(argv, *classes):
             typed[switch] = name == switch       # False for --no-field
             continue
         if name not in kinds:
-            raise UserError(f"unknown flag --{flag}: {nearest(name, list(kinds))}")
+            helps = {k: text for c in classes for k, text in comments(c).items()}
+            by_help = [k for k, text in helps.items() if len(name) > 3 and name.replace("_", " ") in text]
+            raise UserError(f"unknown flag --{flag}: " + (f"did you mean {by_help[0]}?" if by_help else
+                                                          nearest(name, list(kinds))))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{flag} needs a value: --{flag}=...")
@@ -103,12 +114,34 @@ def usage(*classes):
                 shown.add(f.name)
 
 
+@contextlib.contextmanager
+def catch_stop():
+    """A list that the first Ctrl-C fills, or the end of the terminal or of the job, so that the work at hand can be
+    ended and saved. The second one does not wait."""
+    stop, names = [], [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    before = {s: signal.signal(getattr(signal, s), lambda *_: sys.exit(130) if stop else stop.append(1)) for s in names}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(getattr(signal, s), handler)
+
+
 def run(main):
-    """Run main(argv) of a script. A UserError becomes one line and exit code 2."""
+    """Run main(argv) of a script. A UserError becomes one line and exit code 2, and so does a lack of memory. Where a
+    terminal cannot show a character, it gets a question mark."""
+    for out in (sys.stdout, sys.stderr):
+        out.reconfigure(errors="replace")
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        print(f"error: out of memory: try a smaller batch, seg, width or vocab ({str(e).splitlines()[0][:90]})",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

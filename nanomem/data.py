@@ -66,9 +66,18 @@ class Books:
     def __len__(self):
         return len(self.tokens)
 
+    def fingerprint(self):
+        """SHA-256 of tokenizer, names, lengths and the ends of the texts: it tells whether these are the same books."""
+        digest = hashlib.sha256(vocabulary_hash(self.enc).encode())
+        for name, tokens in zip(self.names, self.tokens):
+            digest.update(f"{name} {len(tokens)} {tokens[:64].tolist()} {tokens[-64:].tolist()}".encode())
+        return digest.hexdigest()
+
 
 def read_text(path):
     """A text file with its line ends made LF. Raises UserError if it is not there, empty or not UTF-8."""
+    if any(c in str(path) for c in "*?") and not Path(path).exists():
+        raise UserError(f"no file is like {path}: the shell has found none")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -109,13 +118,14 @@ def hold_out(texts):
 # Shards: books as files of tokens
 
 MAGIC, VERSION = 20240520, 1   # of the .bin files of llm.c
-FIVE_DIGITS = "[0-9]" * 5
+ENDS = (".bin", ".idx.npy")
 AGAIN = "make the shards again with python -m nanomem.data, or nanomem.pg19"
 
 
 def write_shards(out, enc, splits, limit=2 ** 25):
     """Write the books of `splits`, {split: iterable of (name, text)}, to `out`, in shards of at least `limit`
-    tokens. Replaces earlier shards of these splits and no other file. Returns the content of meta.json.
+    tokens. Earlier shards of nanomem in this folder are replaced when all new ones are written, and no other file ever
+    is. Returns the content of meta.json.
 
     <split>_00000.bin       as in llm.c: 256 int32 (magic, version, tokens, and ours: books, end-of-text, vocabulary),
                             then the tokens in uint16
@@ -123,13 +133,14 @@ def write_shards(out, enc, splits, limit=2 ** 25):
     meta.json               tokenizer, totals and names. Written last: a folder without it is unfinished
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {out}: {e.strerror}") from None
+    ours = files_of(out)
     meta = dict(format="nanomem shards", version=VERSION, tokenizer=enc.name, vocab=enc.n_vocab,
                 ranks=vocabulary_hash(enc), newlines="LF", splits={})
     for split, texts in splits.items():
-        for old in [*out.glob(f"{split}_{FIVE_DIGITS}.bin"), *out.glob(f"{split}_{FIVE_DIGITS}.idx.npy")]:
-            old.unlink()
         files, names, total = [], [], np.zeros(3, np.int64)
         books, index, n = [], [], 0                               # of the open shard; n tokens so far
         bar = tqdm(texts, desc=split, unit="book", smoothing=0.05)
@@ -143,36 +154,62 @@ def write_shards(out, enc, splits, limit=2 ** 25):
             total += counts
             bar.set_postfix_str(f"{total[0] / 1e6:.1f}M tokens")
             if n >= limit:
-                files.append(write_shard(out, f"{split}_{len(files):05d}", enc, books, index))
+                files.append(write_shard(out, f"{split}_{len(files):05d}", enc, books, index, ours))
                 books, index, n = [], [], 0
         if books:
-            files.append(write_shard(out, f"{split}_{len(files):05d}", enc, books, index))
+            files.append(write_shard(out, f"{split}_{len(files):05d}", enc, books, index, ours))
         meta["splits"][split] = dict(zip(("tokens", "words", "bytes"), total.tolist()), files=files, names=names)
-    unfinished = out / "meta.json.tmp"
-    unfinished.write_text(json.dumps(meta, indent=1))
-    os.replace(unfinished, out / "meta.json")
+    (out / "meta.json.new").write_text(json.dumps(meta, indent=1))
+    (out / "meta.json").unlink(missing_ok=True)                   # from here on the folder is unfinished, for a moment
+    new = {f"{name}{end}" for s in meta["splits"].values() for name in s["files"] for end in ENDS}
+    for name in new:
+        os.replace(out / f"{name}.new", out / name)
+    for name in ours - new:
+        (out / name).unlink(missing_ok=True)
+    os.replace(out / "meta.json.new", out / "meta.json")
     return meta
 
 
-def write_shard(out, name, enc, books, index):
+def files_of(out):
+    """The names of the shard files in a folder that nanomem has written, from its meta.json."""
+    try:
+        splits = json.loads((out / "meta.json").read_text())["splits"]
+        return {f"{Path(name).name}{end}" for s in splits.values() for name in s["files"] for end in ENDS}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()
+
+
+def write_shard(out, name, enc, books, index, ours):
+    """Write one shard under scratch names. Raises UserError where a file that is not ours would be replaced."""
     tokens = np.concatenate(books)
     header = np.zeros(256, "<i4")
     header[:6] = MAGIC, VERSION, len(tokens), len(books), enc.eot_token, enc.n_vocab
-    (out / f"{name}.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    np.save(out / f"{name}.idx.npy", np.array(index, np.int64))
+    for end in ENDS:
+        if (out / f"{name}{end}").exists() and f"{name}{end}" not in ours:
+            raise UserError(f"{out / name}{end} is there and was not made by nanomem: choose another --out")
+    (out / f"{name}.bin.new").write_bytes(header.tobytes() + tokens.tobytes())
+    with open(out / f"{name}.idx.npy.new", "wb") as f:
+        np.save(f, np.array(index, np.int64))
     return name
 
 
 def open_shards(folder, split):
     """The Books of a folder that `write_shards` made, memory-mapped. Raises UserError for whatever is wrong with it."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of shards: make one with python -m nanomem.data {folder} --out=DIR")
+    if any(folder.glob("*.bin")) and not (folder / "meta.json").exists() and not any(folder.glob("*.idx.npy")):
+        return open_llm_c(folder, split)
     try:
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["format"] == "nanomem shards" and meta["version"] == VERSION
         enc, splits, ranks = tokenizer(meta["tokenizer"]), meta["splits"], meta["ranks"]
+        for s in splits.values():
+            assert all(isinstance(name, str) and Path(name).name == name for name in [*s["files"]])
+            assert len({*s["files"]}) == len(s["files"]) and all(isinstance(name, str) for name in [*s["names"]])
     except FileNotFoundError:
         raise UserError(f"no shards in {folder} (it has no meta.json): see python -m nanomem.data --help") from None
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (OSError, AssertionError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{folder / 'meta.json'} is damaged or not ours: {AGAIN}") from None
     if split not in splits:
         raise UserError(f"{folder} has no split {split}: {nearest(split, list(splits))}")
@@ -188,6 +225,24 @@ def open_shards(folder, split):
     if len(books) != len(books.names):
         raise UserError(f"{folder}: meta.json names {len(books.names)} books of {split}, the shards hold {len(books)}: "
                         + AGAIN)
+    return books
+
+
+def open_llm_c(folder, split):
+    """The Books of shards of llm.c, which have no index: a document begins at each end-of-text token of GPT-2. Their
+    words and bytes are not counted (0)."""
+    enc, books = tokenizer("gpt2"), Books(tokenizer("gpt2"), [], [], [], [])
+    for path in sorted(folder.glob(f"*{dict(validation='val').get(split, split)}*.bin")):
+        header = np.fromfile(path, "<i4", 256)
+        if len(header) < 256 or header[0] != MAGIC or path.stat().st_size != 1024 + 2 * header[2]:
+            raise UserError(f"{path} is neither a shard of nanomem nor of llm.c")
+        tokens = np.memmap(path, "<u2", "r", offset=1024)
+        starts = np.flatnonzero(tokens == enc.eot_token)
+        books.tokens += [part for part in np.split(tokens, starts) if len(part) > 1 and part[0] == enc.eot_token]
+        books.names += [f"{path.stem}:{i}" for i in range(len(books.tokens) - len(books.names))]
+    if not books.tokens:
+        raise UserError(f"{folder} has no meta.json and no shards of llm.c for {split} (*.bin)")
+    books.words, books.sizes = [0] * len(books), [0] * len(books)
     return books
 
 
@@ -315,6 +370,9 @@ class Loader:
                 book[c], start, end = self.pieces[piece]
                 n = min(share, end - i)
                 tokens = self.books.tokens[book[c]][i - 1:i + n]
+                if tokens.max() >= self.books.enc.n_vocab:
+                    raise UserError(f"{self.books.names[book[c]]} holds token {tokens.max()}, and the tokenizer "
+                                    f"{self.books.enc.name} has {self.books.enc.n_vocab}: {AGAIN}")
                 x[c, :n], y[c, :n], position[c, :n] = tokens[:-1], tokens[1:], np.arange(i, i + n) - start
                 cursor = piece, i + n
             self.cursors[c] = cursor
@@ -341,7 +399,12 @@ class Loader:
         if saved != here:
             raise UserError("the saved position does not fit: it has {1} cursors in {0} pieces of text, here are {3} "
                             "in {2}".format(*saved, *here))
-        self.begun, self.cursors = state["begun"], list(state["cursors"])
+        for cursor in state["cursors"]:
+            if cursor is not None:
+                _, start, end = self.pieces[cursor[0]]
+                assert start <= cursor[1] <= end and cursor[0] >= 0, "a cursor outside of its text"
+        assert state["begun"] >= 0, "a position before the first text"
+        self.begun, self.cursors = int(state["begun"]), list(state["cursors"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,6 +428,9 @@ def main(argv):
     options = Options(**flags)
     if not files or not options.out:
         raise UserError("name text files and a folder for the shards: python -m nanomem.data FILE... --out=DIR")
+    twice = [path for path in files if files.count(path) > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice: it would be training and validation at once")
     splits = hold_out([(Path(path).stem, read_text(path)) for path in files])
     print_totals(options.out, write_shards(options.out, tokenizer(options.tokenizer), splits))
 

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import os
 import random
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +35,10 @@ HELD_OUT = dict(   # the official splits; every other book of metadata.csv is fo
         42655 43536 43845 44099 44557 45313 45881 45888 46915 47068 47558 47581 47676 48693 49078 49529 49596 50287
         51410 53345 5396 54537 54624 55339 55871 56410 5734 5770 57791 58473 58553 58598 5956 5962 6412 6941 7412 7987
         8197 8559 860 8788 9315 9931""".split())
+
+
+class NotThere(UserError):
+    """The server does not have a file."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,10 +83,12 @@ def receive(url, part):
                     f.write(block)
     except urllib.error.HTTPError as e:
         if e.code == 404:
-            raise UserError(f"{url} is not there (404): is --url right?") from None
+            raise NotThere(f"{url} is not there (404): is --url right?") from None
         if e.code == 416:                # we have as much as the server or more, but it was not accepted as complete
             part.unlink()
         return f"HTTP {e.code}"
+    except (ValueError, http.client.InvalidURL):
+        raise UserError(f"{url} is no address: --url takes something like {BUCKET}") from None
     except (OSError, http.client.HTTPException) as e:   # no server, a dropped connection, no answer in time
         return str(getattr(e, "reason", e)) or type(e).__name__
     got = part.stat().st_size
@@ -112,15 +119,24 @@ def download(folder, url=BUCKET, books=0):
     splits = dict(train=train[:books or None], **held_out)
     paths = {split: [folder / split / f"{i}.txt" for i in names] for split, names in splits.items()}
     files = [path for split in paths.values() for path in split]
+    missing = []
     with ThreadPoolExecutor(8) as pool:
         jobs = [pool.submit(fetch, f"{url}/{path.parent.name}/{path.name}", path) for path in files]
         try:
-            for job in tqdm(jobs, desc="download", unit="book"):
-                job.result()
+            for path, job in zip(files, tqdm(jobs, desc="download", unit="book")):
+                try:
+                    job.result()
+                except NotThere:         # one book less is no reason to lose the others
+                    missing.append(path)
         except BaseException:            # Ctrl-C included: begin no further book
             pool.shutdown(cancel_futures=True)
             raise
-    return paths
+    if len(missing) == len(files):
+        raise UserError(f"the server has none of the {len(files):,} books: is --url right?")
+    if missing:
+        print(f"{len(missing):,} of {len(files):,} books are not on the server and are left out: "
+              + ", ".join(path.stem for path in missing[:20]), file=sys.stderr)
+    return {split: [path for path in files if path not in missing] for split, files in paths.items()}
 
 
 def find(folder, books=0):

@@ -17,11 +17,12 @@ def machine(device="", dtype="", compile=None):
     name = device or best
     try:
         device = torch.device(name)
+        assert device.type in ("cpu", "cuda", "mps")
         if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, AttributeError):
         raise UserError(f"there is no device {name} here: leave --device out to take the best there is") from None
     cuda = device.type == "cuda"
     dtype = dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
@@ -234,11 +235,16 @@ class Reader:
     @torch.no_grad()
     def load(self, path):
         memory = checkpoint.load(path, "memory")
-        if memory["weights"] != checkpoint.weights_hash(self.model):
-            raise UserError(f"{path} was made with other weights: load it with the checkpoint that made it")
-        device = device_of(self.model)
-        none_fresh = torch.zeros(len(memory["tokens"]), dtype=torch.bool)
-        self.begin_segment(reset(self.model, memory["state"], none_fresh), memory["tokens"].to(device))
-        self.count, self.logits = memory["count"], memory["logits"].to(device)
-        if self.tokens.size(1):
-            self.cache = self.model.extend(self.tokens, self.model.read(self.state))[1]
+        with checkpoint.using(path):
+            if memory["weights"] != checkpoint.weights_hash(self.model):
+                raise UserError(f"{path} was made with other weights: load it with the checkpoint that made it")
+            device, tokens, c = device_of(self.model), memory["tokens"], self.model.c
+            shape = lambda state: {k: (v.shape, v.dtype) for k, v in state.items()}
+            assert shape(memory["state"]) == shape(self.model.init_state(len(tokens))), "another state"
+            assert tokens.shape[1:] < (c.seg,) and ((0 <= tokens) & (tokens < c.vocab)).all(), "no tokens of a segment"
+            assert memory["logits"].shape == (len(tokens), c.vocab) and memory["count"] > 0, "no prediction"
+            none_fresh = torch.zeros(len(tokens), dtype=torch.bool)
+            self.begin_segment(reset(self.model, memory["state"], none_fresh), tokens.to(device))
+            self.count, self.logits = memory["count"], memory["logits"].to(device)
+            if self.tokens.size(1):
+                self.cache = self.model.extend(self.tokens, self.model.read(self.state))[1]

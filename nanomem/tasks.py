@@ -253,4 +253,5 @@ class TaskLoader:
         return dict(i=self.i)
 
     def load_state_dict(self, state):
-        self.i = state["i"]
+        assert state["i"] >= 0, "a position before the first text"
+        self.i = int(state["i"])

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def books(*lengths):
     """Books of 1 + n tokens in which token i of book b is 1000 b + i."""
     tokens = [1000 * b + np.arange(n + 1).astype("<u2") for b, n in enumerate(lengths)]
     ones = [1] * len(lengths)
-    return data.Books(data.tokenizer("bytes"), [str(b) for b in range(len(lengths))], tokens, ones, ones)
+    return data.Books(SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256), [str(b) for b in range(len(lengths))], tokens, ones, ones)
 
 
 def read(loader, n):

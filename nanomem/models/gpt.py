@@ -107,9 +107,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, past=None, mask=None):
         q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)
-        if past is not None:
-            k, v = (torch.cat([old.type_as(v), new], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
-        y = self.attend(q, with_previous(k) if self.c.shift else k, v, mask)   # (B, H, T, D)
+        if past is not None:                                                   # in the type in which they are kept
+            k, v = (torch.cat([old, new.type_as(old)], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
+        keys = with_previous(k) if self.c.shift else k
+        y = self.attend(q, keys.type_as(q), v.type_as(q), mask)                # (B, H, T, D)
         return self.out(merge_heads(y)), (k, v)                                # (B, T, C)
 
 
