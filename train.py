@@ -303,8 +303,9 @@ def train(run, typed, fields, saved, out, rank, world):
                         val_loss, accuracy, problem = math.nan, math.nan, e
                 val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
                 rate = run.lr * schedule(run, step)
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  {speed / 1e3:7.1f}k tok/s  "
-                          f"{(run.steps - done) * tokens / speed / 60:6.1f} min left")
+                left = (run.steps - done) * tokens / speed / 60
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  "
+                          f"{speed / 1e3:7.1f}k tok/s  {left:6.1f} min left")
                 if done <= start + len(losses):
                     new_log(out, start)
                 with open(out / "log.csv", "a", newline="") as f:

@@ -54,7 +54,8 @@ def queries_keys_values(attention, x):
 
 
 def best(model, l, q, state):
-    """Births and vectors of layer l's store (of a single batch element) that score best for queries q (m, r), oldest first."""
+    """Births and vectors of layer l's store (of a single batch element) that score best for queries q (m, r), oldest
+    first."""
     scored = [(sum(torch.sigmoid(qi @ key).item() for qi in q) / len(q), birth.item(), vector) for vector, key, birth
               in zip(*(state[k][0, l] for k in ("store", "store_key", "store_birth"))) if birth >= 0]
     top = sorted(sorted(scored, key=lambda s: -s[0])[:model.c.K0], key=lambda s: s[1])

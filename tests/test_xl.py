@@ -87,7 +87,8 @@ def test_only_the_filled_part_of_the_cache_is_seen():
 
 @torch.no_grad()
 def test_reach_grows_with_depth_a_window_per_layer():
-    """What a stack of L windows of W can see: L (W + 1) tokens back and no further, for a key knows the token before."""
+    """What a stack of L windows of W can see: L (W + 1) tokens back and no further, for a key knows the token
+    before."""
     W, tokens = 20, text(B=1, K=3)
     for layers in (1, 2, 3):
         model, other = tiny("window", window=W, layers=layers), tokens.clone()

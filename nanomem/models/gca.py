@@ -81,21 +81,21 @@ class CrossAttention(nn.Module):
 
 
 class GCA(GPT):
-    """Text in chunks of m tokens, each closed by a landmark. All chunks of a call are processed at once. The lower layers
-    see a window. What they make of a chunk is encoded, once, into a key (at its landmark) and into keys and values (at
-    its tokens), and joins the bank. In the upper layers the landmark of chunk t asks the bank, and chunk t+1 looks at
-    what was found.
+    """Text in chunks of m tokens, each closed by a landmark. All chunks of a call are processed at once. The lower
+    layers see a window. What they make of a chunk is encoded, once, into a key (at its landmark) and into keys and
+    values (at its tokens), and joins the bank. In the upper layers the landmark of chunk t asks the bank, and chunk t+1
+    looks at what was found.
 
     state    key (B, M, C) and bank (B, M, H, m, 2D) of the last M chunks, the newest last   n (B,) chunks so far
              ask (B, G, C) what the last landmark asks   near (B, L, 2, H, W+1, D) keys and values of the window
-    read     score = <ask, key> / sqrt(C), w = softmax over the k best. Every position attends to each of the k chunks by
-             itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
+    read     score = <ask, key> / sqrt(C), w = softmax over the k best. Every position attends to each of the k chunks
+             by itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
     write    the chunks of a full segment come in, and the oldest go
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
-             all retrieval goes, do not start at zero; the Gumbel noise that explores in training is a function of the two
-             chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
-    """
+             all retrieval goes, do not start at zero; the Gumbel noise that explores in training is a function of the
+             two chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds
+             nothing) """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
 
@@ -123,11 +123,12 @@ class GCA(GPT):
                     near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
 
     def read(self, state):
-        """A segment begins: the state, and of this segment the keys and the bank entries of its chunks, the open chunk as
-        the lower layers put it out, and what was found for it and for the others."""
+        """A segment begins: the state, and of this segment the keys and the bank entries of its chunks, the open chunk
+        as the lower layers put it out, and what was found for it and for the others."""
         c, B = self.c, len(state["n"])
         empty = state["ask"].new_zeros
-        return dict(state, near=[layer.unbind(1) for layer in state["near"].unbind(1)],      # L times k, v (B, H, W+1, D)
+        near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W+1, D)
+        return dict(state, near=near,
                     new_key=empty(B, 0, c.width), new_bank=empty(B, 0, c.heads, c.m, 2 * c.head_dim),
                     open=empty(B, 0, c.width), found=[], picks=empty(B, 0, c.groups, c.topk).long())
 
@@ -203,14 +204,15 @@ class GCA(GPT):
         return z[:, :, c.m], self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)
 
     def find(self, ask, first, g, cache):
-        """For chunks first, first+1, ... of this segment, what the chunk before each asks, ask (B, n, C) -> the keys and
-        values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for none."""
+        """For chunks first, first+1, ... of this segment, what the chunk before each asks, ask (B, n, C) -> the keys
+        and values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for
+        none."""
         c, n, device = self.c, cache["n"][:, None], ask.device
         i = torch.arange(first, first + ask.size(1), device=device)
         reader = (n + i)[..., None]                                            # (B, n, 1) the chunk that looks
         end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
         ids = (n - c.M + torch.arange(c.M + cache["new_key"].size(1), device=device))[:, None]    # (B, 1, M + new)
-        seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # past, and not gone when its segment ends
+        seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # past, and kept until its segment ends
         with full_precision(ask):                                              # close scores must not change places
             key = torch.cat([cache["key"], cache["new_key"].to(cache["key"])], 1)
             score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)

@@ -65,8 +65,9 @@ def merge_heads(x):
 
 
 def with_previous(k):
-    """Keys (B, H, P, D) that know the token before: half of their channels, those that rotate slowly, are taken from the
-    key one position earlier. So one layer can find "what followed the last time", which needs two layers otherwise."""
+    """Keys (B, H, P, D) that know the token before: half of their channels, those that rotate slowly, are taken from
+    the key one position earlier. So one layer can find "what followed the last time", which needs two layers
+    otherwise."""
     own, slow = k.chunk(2, -1)
     return torch.cat([own, F.pad(slow, (0, 0, 1, -1))], -1)                    # zeros before the first position
 
@@ -144,8 +145,8 @@ class GPT(nn.Module):
     read     nothing
     write    nothing
     paper    GPT-2 (Radford et al. 2019), with the modern parts of the nanoGPT speed runs
-    departs  RoPE, RMSNorm and QK-norm without weights, a gain for each head, keys that know the token before, squared ReLU,
-             no biases, untied head, MLPs that start at zero
+    departs  RoPE, RMSNorm and QK-norm without weights, a gain for each head, keys that know the token before, squared
+             ReLU, no biases, untied head, MLPs that start at zero
     """
     Config, Attention = Config, Attention   # another model puts its own here
     parallel = 1                            # segments that one call may bring: more where none waits for another
@@ -160,8 +161,8 @@ class GPT(nn.Module):
 
     @staticmethod
     def init(module):
-        """All initial weights. Linear maps keep the scale of their input. An MLP adds nothing at first. Attention starts
-        with GPT-2's 1/sqrt(2 L), not at zero: memory is read through it, and a zero would stop the gradient."""
+        """All initial weights. Linear maps keep the scale of their input. An MLP adds nothing at first. Attention
+        starts with GPT-2's 1/sqrt(2 L), not at zero: memory is read through it, and a zero would stop the gradient."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, MLP):

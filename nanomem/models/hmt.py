@@ -13,9 +13,9 @@ QUERIES = ("prev", "split", "paper")
 @dataclass
 class Config(gpt.Config):
     mem: int = -1            # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
-    sensory: int = -1        # k, last tokens of the segment before that are shown again; -1 takes an eighth of a segment
+    sensory: int = -1        # k, last tokens of the segment before, shown again; -1 takes an eighth of a segment
     bank: int = 64           # N, memories that are kept, one for each of the last N segments
-    query: str = "prev"      # the half segment that asks: prev (before this one), split (its first), paper (looks ahead)
+    query: str = "prev"      # the half segment that asks: prev (before this one), split (its first), paper (leaks)
     search: str = "learned"  # learned, or uniform: the mean of the bank
 
     M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
@@ -47,7 +47,8 @@ class HMT(GPT):
     read     P as M tokens in front. query=prev: the end of the segment before asks. query=split: the newest memory
              stands in front, then the first half asks, and P stands between the halves
     write    the hidden states of a copy of P behind the segment; the bank moves up by one and loses its oldest memory
-    paper    Hierarchical Memory Transformer 2405.06067, section 3, eq. 1-5, figure 1. Its S_n is our summary, its H our h
+    paper    Hierarchical Memory Transformer 2405.06067, section 3, eq. 1-5, figure 1. Its S_n is our summary, its H our
+             h
     departs  in the paper the first half of a segment asks for the P that is then put in front of that half, so that the
              half can be guessed from P: query=paper, which cannot stream and is scored only where it has not seen the
              target. A learned gain on P, from 1, since our embeddings have unit RMS, as hidden states do. Wq = Wk at

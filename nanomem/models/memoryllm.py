@@ -39,9 +39,9 @@ def pick(x, index):
 
 
 class MemoryLLM(GPT):
-    """A pool of N vectors in every layer, which its tokens read as more keys and values. The hidden states of a segment's
-    last K tokens, as the layer puts them out, come in; K others, drawn at random, drop out. So a vector is still there
-    after t writes with probability (1 - K/N)^t.
+    """A pool of N vectors in every layer, which its tokens read as more keys and values. The hidden states of a
+    segment's last K tokens, as the layer puts them out, come in; K others, drawn at random, drop out. So a vector is
+    still there after t writes with probability (1 - K/N)^t.
 
     state    pool (B, L, N, C) oldest first   birth (B, L, N) the running number of each vector, -1: empty   step (B,)
              how many writes there were, which decides what drops out
@@ -50,10 +50,9 @@ class MemoryLLM(GPT):
     write    a second pass over the segment, with the K newest vectors of the pool (detached) in front and the marker p
              added to its last K tokens. What these become in a layer goes into its pool
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
-    departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama. What
-             drops out comes from a table of random choices, so that replay and resume repeat it. Empty slots are masked
-             (in the paper: random vectors)
-    """
+    departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama.
+             What drops out comes from a table of random choices, so that replay and resume repeat it. Empty slots are
+             masked (in the paper: random vectors) """
     Config = Config
 
     def __init__(self, c):
@@ -92,8 +91,8 @@ class MemoryLLM(GPT):
         return state, state["step"].new_zeros(len(state["step"]), 0), []
 
     def extend(self, tokens, cache):
-        """The cache: the state, the segment's tokens so far (B, t), and for each layer its keys and values, which of the
-        memory is filled, and its inputs so far (B, t, C)."""
+        """The cache: the state, the segment's tokens so far (B, t), and for each layer its keys and values, which of
+        the memory is filled, and its inputs so far (B, t, C)."""
         state, before, layers = cache
         c, t, T = self.c, before.size(1), tokens.size(1)
         x, longer, first = self.embed(tokens), [], c.N + min(1, c.N)           # where the segment begins

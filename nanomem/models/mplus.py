@@ -1,4 +1,4 @@
-"""M+: MemoryLLM with a long-term store. What drops out of the pool goes into the store, and a learned search finds it."""
+"""M+: MemoryLLM with a long-term store, where a learned search finds again what dropped out of the pool."""
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class Config(memoryllm.Config):
 
 
 class Projector(nn.Module):
-    """An MLP for each layer: vectors of all layers (B, L, n, C) -> (B, L, n, r), or of layer l (B, n, C) -> (B, n, r)."""
+    """An MLP for each layer: vectors of all layers (B, L, n, C) -> (B, L, n, r), or of one (B, n, C) -> (B, n, r)."""
 
     def __init__(self, c):
         super().__init__()
@@ -46,8 +46,8 @@ class Projector(nn.Module):
 
 
 class MPlus(MemoryLLM):
-    """MemoryLLM with a store of M vectors in every layer. What drops out of the pool moves there. Before each segment, a
-    layer searches its store with a small network and reads the K0 best vectors in front of its pool.
+    """MemoryLLM with a store of M vectors in every layer. What drops out of the pool moves there. Before each segment,
+    a layer searches its store with a small network and reads the K0 best vectors in front of its pool.
 
     state    as MemoryLLM, and   store (B, L, M, C), store_key (B, L, M, r), store_birth (B, L, M) in any order
              query (B, L, m, r) what searches next   aux (B,) the loss of the search. `store` may be moved to the CPU's
@@ -55,11 +55,11 @@ class MPlus(MemoryLLM):
     read     layer l attends to [found ; start ; pool ; segment]. Gradient never goes through the store
     write    as MemoryLLM; the store keeps the M youngest of all that was dropped
     paper    M+ 2502.00592, section 3.2. Its search is trained beside the language model; here `aux` does that
-    departs  `lag` searches with the last tokens of the segment before, which is causal. The paper's search is `self`: the
-             prompt searches for itself, and its first tokens see what follows (`scored`). The paper's loss wants what the
-             same document wrote and rejects what others wrote. A batch element of ours has one document only, so the loss
-             wants what attention looks at. The queries of that loss are m tokens from anywhere in the segment. Found
-             vectors stand before the start vector, where they shift no position
+    departs  `lag` searches with the last tokens of the segment before, which is causal. The paper's search is `self`:
+             the prompt searches for itself, and its first tokens see what follows (`scored`). The paper's loss wants
+             what the same document wrote and rejects what others wrote. A batch element of ours has one document only,
+             so the loss wants what attention looks at. The queries of that loss are m tokens from anywhere in the
+             segment. Found vectors stand before the start vector, where they shift no position
     """
     Config = Config
 
@@ -143,15 +143,16 @@ class MPlus(MemoryLLM):
         angles = rope(torch.arange(c.seg, device=self.head.weight.device) + c.N + 1, c.head_dim)
         for block, ((k, _), filled, inputs) in zip(self.blocks, layers):
             k = (with_previous(k) if c.shift else k)[:, :, pool]               # (B, H, 1+N, D)
-            w = (block.attention.queries(norm(inputs), angles) @ k.mT).float() * c.head_dim ** -0.5      # (B, H, S, 1+N)
+            q = block.attention.queries(norm(inputs), angles)                  # (B, H, S, D)
+            w = (q @ k.mT).float() * c.head_dim ** -0.5                        # (B, H, S, 1+N)
             w = w.masked_fill(~filled[:, None, None, pool], -torch.inf).softmax(-1)
             shares.append(w.mean(1)[..., 1:])
         return torch.stack(shares, 1)
 
     def search_loss(self, query, seen, state):
-        """(B,) how badly m tokens that ask together tell the vectors of the pool that they look at from the others. They
-        look at a vector if it gets three times an even share of attention. The loss is the mean of -log s over these and
-        of -log(1 - s) over the others, half each (M+, section 3.2)."""
+        """(B,) how badly m tokens that ask together tell the vectors of the pool that they look at from the others.
+        They look at a vector if it gets three times an even share of attention. The loss is the mean of -log s over
+        these and of -log(1 - s) over the others, half each (M+, section 3.2)."""
         c, pool = self.c, state["pool"].detach()
         s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().unfold(2, c.m, c.m).mean(-1)     # (B, L, S/m, N)
         right = seen.unfold(2, c.m, c.m).mean(-1) > 3 / c.N

@@ -11,7 +11,7 @@ from .gpt import GPT
 @dataclass
 class Config(gpt.Config):
     mem: int = -1      # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
-    sensory: int = -1  # k, last tokens of the segment before that are shown again; -1 takes an eighth of a segment
+    sensory: int = -1  # k, last tokens of the segment before, shown again; -1 takes an eighth of a segment
 
     M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
     k = property(lambda c: c.sensory if c.sensory >= 0 else c.seg // 8)

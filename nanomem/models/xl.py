@@ -54,8 +54,8 @@ class XL(GPT):
     """A cache of the last W tokens, one key and value a layer. Two presets are this model with other settings: `window`
     slides over the length of one segment, `full` over eight, which is full attention for the length of a BPTT window.
 
-    state    kv (B, L, 2, H, W+1, D) keys and values, the newest last, keys rotated to positions 0..W   n (B,) filled; the
-             oldest is not looked at, it is there because half of its key belongs to the next one
+    state    kv (B, L, 2, H, W+1, D) keys and values, the newest last, keys rotated to positions 0..W   n (B,) filled;
+             the oldest is not looked at, it is there because half of its key belongs to the next one
     read     every layer's keys and values are [kept ; this segment], positions run on through both
     write    the last W+1 of all positions; one rotation by -S moves their keys to positions 0..W
     paper    Transformer-XL 1901.02860, section 3.2 (eq. h~ = [SG(h) ; h]); sliding window as in Longformer 2004.05150
