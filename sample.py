@@ -39,11 +39,14 @@ def picker(s, vocab, device):
 
     def pick(logits):
         logits = logits[:, :vocab]
-        if s.temperature == 0:
+        if s.temperature < 1e-6:                           # 0, or too small to divide by
             return logits.argmax(-1, keepdim=True)
         logits, tokens = (logits / s.temperature).sort(descending=True)
         p = logits.softmax(-1)
-        keep = p.cumsum(-1) - p < s.top_p                  # the first always stays
+        if not p.isfinite().all():
+            raise UserError("the model predicts no numbers (NaN): its weights or this memory are damaged")
+        keep = p.cumsum(-1) - p < s.top_p
+        keep[:, :1] = True
         if s.top_k:
             keep[:, s.top_k:] = False
         return tokens.gather(1, (p * keep).multinomial(1, generator=generator))

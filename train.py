@@ -71,6 +71,7 @@ def parse(argv):
 
 def check(run, world):
     """Raises UserError for a value that makes no sense."""
+    cli.check_types(run, "--")
     for name in ("steps", "batch", "segments", "interleave", "interleave_len", "accum", "log_interval", "eval_interval",
                  "eval_batches"):
         if getattr(run, name) < 1:
@@ -184,8 +185,10 @@ def main(argv):
     if saved:
         with checkpoint.using(out / "last.pt"):
             run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
-            check_resume(saved, run, typed, fields)
-            fields = dict(saved["config"])
+            fields_now, fields = fields, dict(saved["config"])
+            cli.check_types(nanomem.model_class(run.model).Config(**fields))
+            check(run, 1)
+            check_resume(saved, run, typed, fields_now)
     elif (out / "last.pt").exists() and not run.overwrite:
         raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -216,12 +219,14 @@ def train(run, typed, fields, saved, out, rank, world):
         with checkpoint.using(last):
             if saved["data_hash"] != data_hash:
                 raise UserError(f"{run.data or 'the embedded book'} is not the data that this run was trained on")
-            model.load_state_dict(saved["weights"])
+            checkpoint.set_weights(model, saved["weights"])
             for (optimizer, _), was in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(was)
+                checkpoint.set_optimizer(optimizer, was)
             loader.load_state_dict(saved["loader"])
             torch.set_rng_state(saved["rng"])
-            state = {k: saved["state"][k][rank * B:(rank + 1) * B].to(v).view_as(v) for k, v in state.items()}
+            for k, v in state.items():
+                assert saved["state"][k].shape[1:] == v.shape[1:] and saved["state"][k].dtype == v.dtype, "another state"
+                state[k] = saved["state"][k][rank * B:(rank + 1) * B].to(v.device).view_as(v)
             start, best, seconds = int(saved["step"]), float(saved["best"]), float(saved["seconds"])
     forward = stream.make_step(model, dtype, compile)
     backward = stream.replay if run.replay else stream.bptt

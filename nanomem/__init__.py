@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from . import checkpoint
-from .cli import UserError, nearest
+from .cli import UserError, check_types, nearest
 
 # name: (file in nanomem/models/, its class, the settings that make it this preset)
 MODELS = {
@@ -42,9 +42,13 @@ def build(name, **fields):
         if field not in known:
             raise UserError(f"{name} has no field {field}: {nearest(field, known)}")
     try:
-        return Model(Model.Config(**{**MODELS[name][2], **fields}))
+        config = Model.Config(**{**MODELS[name][2], **fields})
     except AssertionError as refusal:   # the checks of Config say what is wrong, with the numbers
         raise UserError(f"{name}: {refusal}") from None
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{name}: one of these fields has a value of the wrong type: {fields}") from None
+    check_types(config, f"{name}: ")
+    return Model(config)
 
 
 def load(path, **fields):
@@ -56,5 +60,5 @@ def load(path, **fields):
     saved = checkpoint.load(path, "checkpoint")
     with checkpoint.using(path):
         model = build(saved["name"], **{**saved["config"], **fields})
-        model.load_state_dict(saved["weights"])
+        checkpoint.set_weights(model, saved["weights"])
     return model, saved

@@ -82,6 +82,22 @@ def load(path, kind):
     return content
 
 
+def set_weights(model, weights):
+    """model.load_state_dict, where a tensor of another type is an error too."""
+    for k, v in model.state_dict().items():
+        assert weights[k].dtype == v.dtype, f"{k} is {weights[k].dtype}"
+    model.load_state_dict(weights)
+
+
+def set_optimizer(optimizer, state):
+    """optimizer.load_state_dict, with a check of what it would take as it is."""
+    kinds = [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    assert [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups] == kinds, "other settings"
+    for p, moments in optimizer.state.items():
+        assert all(v.shape in (p.shape, ()) and v.dtype == p.dtype for v in moments.values()), "another shape"
+
+
 @contextlib.contextmanager
 def using(path):
     """While the content of a file is put to use: what is missing or has another shape becomes a UserError."""

@@ -18,6 +18,16 @@ def nearest(word, words):
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}"
 
 
+def check_types(settings, what=""):
+    """Raises UserError where a field of a dataclass has a value of another type; None is allowed where it is the
+    default."""
+    for f in dataclasses.fields(settings):
+        v = getattr(settings, f.name)
+        right = isinstance(v, (int, float) if f.type is float else f.type) or v is None and f.default is None
+        if not right or isinstance(v, float) and abs(v) > 2 ** 53 or v != v:
+            raise UserError(f"{what}{f.name} takes a value of type {f.type.__name__}, got {str(v)[:40]!r}")
+
+
 def value(flag, text, kind):
     """The text behind a flag as a value of type `kind`: bool, int, float or str."""
     if kind is bool:
@@ -61,8 +71,8 @@ def parse(argv, *classes):
         if name not in kinds:
             helps = {k: text for c in classes for k, text in comments(c).items()}
             by_help = [k for k, text in helps.items() if len(name) > 3 and name.replace("_", " ") in text]
-            raise UserError(f"unknown flag --{flag}: " + (f"did you mean {by_help[0]}?" if by_help else
-                                                          nearest(name, list(kinds))))
+            raise UserError(f"unknown flag --{flag}: " + (f"did you mean {' or '.join(by_help)}?" if by_help
+                                                          else nearest(name, list(kinds))))
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{flag} needs a value: --{flag}=...")

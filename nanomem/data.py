@@ -255,7 +255,7 @@ def open_shard(path, index_path, enc):
         index = np.load(index_path, allow_pickle=False)
     except OSError as e:
         raise UserError(f"cannot read {e.filename or index_path}: {e.strerror or 'not an index file'}") from None
-    except (ValueError, EOFError):
+    except Exception:                              # numpy's reader fails in many ways on a damaged header
         raise UserError(f"{index_path} is not an index file: {AGAIN}") from None
     if len(header) < 256:
         refuse(f"truncated header, {path.stat().st_size} bytes of 1024")

@@ -242,9 +242,10 @@ class Reader:
             shape = lambda state: {k: (v.shape, v.dtype) for k, v in state.items()}
             assert shape(memory["state"]) == shape(self.model.init_state(len(tokens))), "another state"
             assert tokens.shape[1:] < (c.seg,) and ((0 <= tokens) & (tokens < c.vocab)).all(), "no tokens of a segment"
-            assert memory["logits"].shape == (len(tokens), c.vocab) and memory["count"] > 0, "no prediction"
+            logits = memory["logits"]
+            assert logits.shape == (len(tokens), c.vocab) and logits.dtype == torch.float32, "no prediction"
             none_fresh = torch.zeros(len(tokens), dtype=torch.bool)
             self.begin_segment(reset(self.model, memory["state"], none_fresh), tokens.to(device))
-            self.count, self.logits = memory["count"], memory["logits"].to(device)
+            self.count, self.logits = int(memory["count"]), logits.to(device)
             if self.tokens.size(1):
                 self.cache = self.model.extend(self.tokens, self.model.read(self.state))[1]
