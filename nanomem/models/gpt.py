@@ -116,6 +116,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two maps with a squared ReLU in between."""
+
     def __init__(self, c, hidden=0):
         super().__init__()
         hidden = hidden or c.hidden
@@ -123,7 +125,8 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, c.width, bias=False)
 
     def forward(self, x):
-        return self.out(F.relu(self.up(x)).square())
+        h = self.up(x)
+        return self.out(h * F.relu(h))
 
 
 class Block(nn.Module):
