@@ -18,7 +18,7 @@ MODELS = {
     "memformer": ("memformer", {}),
     "memoryllm": ("mplus", dict(store=0)),
     "mplus": ("mplus", {}),
-    "mamba": ("bmojo", dict(mix="ssm")),
+    "mamba": ("mamba", {}),
     "hybrid": ("bmojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", dict(eidetic=0)),
     "bmojo": ("bmojo", {}),
