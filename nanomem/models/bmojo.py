@@ -54,30 +54,13 @@ def innovation(y, last):
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
 
 
-def most_surprising(eps, n, M):
-    """The indices of the M largest of the first n (G,) of eps (B, .), and whether there are so many: (B, G, M) both.
-    An eps of -1 says that no token is there."""
-    late = torch.arange(eps.size(1), device=eps.device) >= n[:, None]          # (G, .)
-    best, i = eps[:, None].masked_fill(late, -1).topk(M, -1)
-    return i, best >= 0
-
-
-def by_chunk(kv, first, size, G, W):
-    """Keys and values kv (B, 2, H, ., D) for each of G chunks: for chunk g the `size` positions from first + g W on.
-    -> (B, G, 2, H, size, D)"""
-    kv = kv[:, :, :, first:first + size + (G - 1) * W]
-    return kv.unfold(3, size, W).permute(0, 3, 1, 2, 5, 4)
-
-
 class Attention(gpt.Attention):
-    """The attention of algorithm 1, for all chunks at once (appendix B.2). In a chunk that begins at position `start`,
-    the query at t sees, in one softmax,
+    """The attention of algorithm 1, chunk by chunk (appendix B.2). A chunk is W tokens. Its memory is chosen when it
+    begins, at position s, and is the same for all its queries. The query at position t sees, in one softmax,
 
-        raw tokens u_p          t - W  < p <= t
-        fading tokens y_p       t - 2W < p <= t - W           or, with fading=n, the n before start
-        eidetic tokens u_p      p <= t - W, p among the M largest eps before start
-
-    The eidetic tokens are chosen when the chunk begins, so that chunks need not wait for each other.
+        raw tokens u_p        t - W  < p <= t
+        fading tokens y_p     t - 2W < p <= t - W      or, with fading=n, the n before s
+        eidetic tokens u_p    p <= t - W, and eps_p is one of the M largest before s
     """
 
     def __init__(self, c, kind):
@@ -86,63 +69,157 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """What is remembered before a text: room for keys and values of the three memories, and for the choice."""
+        """What is remembered where a text begins: nothing, but there is room for keys and values, (2, H, ., D)."""
         c = self.c
         kv = lambda n: zeros(2, c.heads, n, c.head_dim)
-        past = dict(window=kv(c.carried))
+        memory = dict(window=kv(c.carried))
         if self.fading:
-            past.update(fading=kv(2 * c.W))
+            memory.update(fading=kv(2 * c.W))
         if self.M:
-            past.update(eidetic=kv(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
-                        outputs=zeros(SPAN, c.width))
-        return past
+            memory.update(eidetic=kv(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
+                          outputs=zeros(SPAN, c.width))
+        return memory
 
-    def kv(self, x):
-        """Normed keys and values, side by side (B, T, 2C) -> (B, 2, H, T, D)."""
-        k, v = x.unflatten(2, (2, self.heads, -1)).unbind(2)
+    def keys_values(self, kv):
+        """Keys, with norm, and values from (B, T, 2C) -> (B, 2, H, T, D)."""
+        k, v = kv.unflatten(2, (2, self.heads, -1)).unbind(2)
         return torch.stack([norm(k).type_as(v), v], 1).transpose(2, 3)
 
-    def forward(self, u, y, past, n, P, bonus):
-        """u, y (B, T, C), the tokens P to P + T of a segment; n (B,) tokens came before it -> o_t of algorithm 1
-        (B, T, C), and what is remembered. T tokens are G whole chunks, or lie in a single one."""
-        c, W, M, T, now = self.c, self.c.W, self.M, u.size(1), {}
-        G = max(1, T // W)
-        query = torch.arange(P, P + T, device=u.device).view(G, -1)            # (G, t) positions in the segment
-        start = query[:, :1] - P % W                                           # (G, 1) where the chunks begin
-        first, size = P - P % W, P % W + query.size(1)                         # of the first chunk; tokens of each so far
-        text = lambda position: n[:, None, None] + position                    # (B, G, .) positions in the text
-        t = text(query)[..., None]                                             # (B, G, t, 1)
-
-        # raw tokens
-        q, kv = self.qkv(u).split([c.width, 2 * c.width], 2)
-        now["window"] = torch.cat([past["window"].type_as(kv), self.kv(kv)], 3)          # (B, 2, H, W+P+T, D)
-        near = torch.arange(-c.carried, size, device=u.device)                 # positions, counted from `start`
-        p = text(start + near)[:, :, None]                                     # (B, G, 1, .)
-        seen = [(p <= t) & (p > t - W) & (p >= 0)]                             # (B, G, t, .)
-        kvs, places = [by_chunk(now["window"], first, len(near), G, W)], [near]
-
-        # fading tokens
+    def forward(self, u, y, memory, t, open, bonus):
+        """u, y (B, T, C) at positions t (B, T) of the text; `open` tokens of the same chunk came before them ->
+        out_t of algorithm 1 (B, T, C), and the memory after them. bonus (B, T) is added to the innovation."""
+        W, C, T = self.c.W, self.c.width, u.size(1)
+        q, kv = self.qkv(u).split([C, 2 * C], 2)
+        q = norm(q.unflatten(2, (self.heads, -1))).type_as(q).transpose(1, 2)  # (B, H, T, D)
+        new = dict(window=self.keys_values(kv))                                # (B, 2, H, T, D)
         if self.fading:
-            new = self.kv(F.linear(y, self.qkv.weight[c.width:]))
-            now["fading"] = torch.cat([past["fading"].type_as(new), new], 3)             # (B, 2, H, 2W+P+T, D)
-            far = torch.arange(-2 * W, 0, device=u.device)
-            p = text(start + far)[:, :, None]
-            span = (p <= t - W) & (p > t - 2 * W) if self.fading < 0 else far >= -self.fading
-            seen.append((span & (p >= 0)).expand(-1, -1, query.size(1), -1))
-            kvs.append(by_chunk(now["fading"], first, 2 * W, G, W))
-            places.append(far)
+            new["fading"] = self.keys_values(F.linear(y, self.qkv.weight[C:]))
+        memory = dict(memory)
+        if self.M:
+            eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
+            new.update(innovation=eps + bonus, position=t)
+        along = dict(window=3, fading=3, innovation=1, position=1)             # the dimension of the tokens
+        sizes = [min(W - open, T)]
+        while sum(sizes) < T:
+            sizes.append(min(W, T - sum(sizes)))
+        new = {name: x.split(sizes, along[name]) for name, x in new.items()}
+        out = []
+        for i, (q, t) in enumerate(zip(q.split(sizes, 2), t.split(sizes, 1))):
+            for name, parts in new.items():
+                memory[name] = torch.cat([memory[name].type_as(parts[i]), parts[i]], along[name])
+            out.append(self.chunk(q, t, open, memory))
+            open += t.size(1)
+            if open == W:
+                memory, open = self.keep(memory), 0
+        return self.out(torch.cat(out, 2).transpose(1, 2).flatten(2)), memory
 
-        # eidetic tokens
-        if M:
-            eps, now["outputs"] = innovation(y.detach(), past["outputs"])
-            now["innovation"] = torch.cat([past["innovation"], eps + bonus], 1)          # (B, M+P+T)
-            now["position"] = torch.cat([past["position"], text(query).flatten(1)], 1)
-            now["eidetic"] = past["eidetic"]
-            i, filled = most_surprising(now["innovation"], M + start[:, 0], M)           # (B, G, M)
-            p = now["position"][:, None].expand(-1, G, -1).gather(2, i)[:, :, None]      # (B, G, 1, M)
-            seen.append((p <= t - W) & filled[:, :, None])
-            kvs.append(self.pick(past["eidetic"], now["window"], i))
-            places.append(far.new_full((M,), -W))
+    def chunk(self, q, t, open, memory):
+        """The attention of queries q (B, H, T, D) at positions t (B, T), of which `open` tokens of their chunk came
+        before -> (B, H, T, D)."""
+        c, W, T, device = self.c, self.c.W, t.size(1), t.device
+        s, t = t[:, :1] - open, t[:, :, None]                                  # (B, 1), (B, T, 1)
+        raw = torch.arange(-c.carried, open + T, device=device)                # positions, counted from s
+        p = (s + raw)[:, None]                                                 # (B, 1, .)
+        seen = [(p <= t) & (p > t - W) & (p >= 0)]                             # (B, T, .)
+        kv, place = [memory["window"]], [raw]
+        if self.fading:
+            fading = torch.arange(-2 * W, 0, device=device)
+            p = (s + fading)[:, None]
+            near = (p <= t - W) & (p > t - 2 * W) if self.fading < 0 else (p >= s[:, None] - self.fading).expand(-1, T, -1)
+            seen.append(near & (p >= 0))
+            kv.append(memory["fading"][:, :, :, :2 * W])
+            place.append(fading)
+        if self.M:
+            p = memory["position"][:, None, :self.M]
+            seen.append((p <= t - W) & (memory["innovation"][:, None, :self.M] >= 0))
+            kv.append(memory["eidetic"])
+            place.append(raw.new_full((self.M,), -W))
+        k, v = torch.cat(kv, 3).unbind(1)                                      # (B, H, ., D)
+        if c.rope:
+            q = rotate(q, rope(torch.arange(open, open + T, device=device), c.head_dim))
+            k = rotate(k, rope(torch.cat(place), c.head_dim))
+        return attend(q, k, v, torch.cat(seen, 2)[:, None])
 
-        k, v = torch.cat(kvs, 4).unbind(2)                                     # (B, G, H, ., D)
-        q = norm(q.unflatten(2, (self.heads, -1))).transpose(1, 2)
+    def keep(self, memory):
+        """A chunk is full: the window and the fading tokens move on, and the M largest innovations are kept, M_t."""
+        c, window = self.c, memory["window"]
+        memory = dict(memory, window=window[:, :, :, window.size(3) - c.carried:])
+        if self.fading:
+            memory["fading"] = memory["fading"][:, :, :, -2 * c.W:]
+        if self.M:
+            memory["innovation"], i = memory["innovation"].topk(self.M, 1)     # (B, M)
+            memory["position"] = memory["position"].gather(1, i)
+            kv = torch.cat([memory["eidetic"], window[:, :, :, c.carried:]], 3)          # (B, 2, H, M+W, D)
+            memory["eidetic"] = kv.take_along_dim(i[:, None, None, :, None], 3)
+        return memory
+
+
+class Layer(nn.Module):
+    """A layer of one kind: bmojo, window (no state space) or ssm (no attention). All have as many parameters as GPT's."""
+
+    def __init__(self, c, kind):
+        super().__init__()
+        self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
+        self.ssm = SSM(c) if kind != "window" else None
+        self.attention = Attention(c, kind) if kind != "ssm" else None
+        self.mlp = MLP(c, remaining_hidden(c, self))
+        self.apply(GPT.init)
+        nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
+
+    def start(self, zeros):
+        c, memory = self.c, {}
+        if c.conv:
+            memory.update(conv=zeros(TAPS - 1, c.width))
+        if self.ssm:
+            memory.update(ssm=zeros(c.heads, c.head_dim, c.N))
+        return memory | self.attention.start(zeros) if self.attention else memory
+
+    def forward(self, x, memory, t, open, bonus):
+        u, y, memory = norm(x), None, dict(memory)
+        if self.c.conv:
+            u, memory["conv"] = short_conv(u, memory["conv"], self.taps)
+        if self.ssm:
+            y, memory["ssm"] = self.ssm(u, memory["ssm"])
+        if self.attention:
+            y, memory = self.attention(u, y, memory, t, open, bonus)
+        x = x + y
+        return x + self.mlp(norm(x)), memory
+
+
+class BMojo(GPT):
+    """TODO"""
+    Config = Config
+    parallel = math.inf
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
+
+    def init_state(self, B):
+        zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
+        return dict(flatten(layer.start(zeros) for layer in self.blocks), n=zeros().long())
+
+    def bonus(self, tokens, t):
+        if self.c.select == "innovation":
+            return torch.zeros_like(t, dtype=torch.float32)
+        if self.c.select == "random":
+            return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
+        lo, hi = map(int, self.c.select.split("-"))
+        return 1e6 * ((tokens >= lo) & (tokens < hi))
+
+    def read(self, state):
+        return state["n"], 0, unflatten(state, self.c.layers)
+
+    def extend(self, tokens, cache):
+        n, P, layers = cache
+        T, x, now = tokens.size(1), self.embed(tokens), []
+        t = n[:, None] + torch.arange(P, P + T, device=n.device)
+        for layer, memory in zip(self.blocks, layers):
+            x, memory = layer(x, memory, t, P % self.c.W, self.bonus(tokens, t))
+            now.append(memory)
+        return self.head(norm(x)), (n, P + T, now)
+
+    def write(self, cache, state):
+        n, P, layers = cache
+        now = dict(flatten(layers), n=n + P)
+        return {k: now[k].to(old.dtype, copy=True, memory_format=torch.contiguous_format) for k, old in state.items()}
