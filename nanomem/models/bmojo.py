@@ -45,22 +45,28 @@ class Config(mamba.Config):
             f"select is innovation, random or ids lo-hi, got {self.select}"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The attention
+
 def innovation(y, last):
-    """How far each output y (B, T, C) of the state space is from the mean of the SPAN outputs before it; `last`
-    (B, SPAN, C) came before. -> eps (B, T), the eps_t of algorithm 1, and the last SPAN outputs."""
+    """eps_t of algorithm 1: how far each output y (B, T, C) is from the mean of the k outputs before it, the first ones
+    from those in last (B, k, C). -> eps (B, T) and the last k outputs."""
     T = y.size(1)
-    line = torch.cat([last, y.type_as(last)], 1)                               # (B, SPAN+T, C)
-    predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C) y^ of algorithm 1
+    line = torch.cat([last, y.type_as(last)], 1)                               # (B, k+T, C)
+    predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C), y^ of algorithm 1
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
 
 
 class Attention(gpt.Attention):
-    """The attention of algorithm 1, chunk by chunk (appendix B.2). A chunk is W tokens. Its memory is chosen when it
-    begins, at position s, and is the same for all its queries. The query at position t sees, in one softmax,
+    """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s of the text, the
+    query at position t sees, in one softmax,
 
-        raw tokens u_p        t - W  < p <= t
-        fading tokens y_p     t - 2W < p <= t - W      or, with fading=n, the n before s
-        eidetic tokens u_p    p <= t - W, and eps_p is one of the M largest before s
+        raw tokens u_p        with  t - W < p <= t
+        fading tokens y_p     with  t - 2W < p <= t - W     (fading=n: the n before s)
+        eidetic tokens u_p    with  p <= t - W              of the M tokens before s that have the largest eps_p
+
+    So the fading and the eidetic tokens are all known when the chunk begins, and no query waits for another. Of all
+    tokens the memory holds keys, with norm but not yet rotated, and values: (B, tokens, 2, H, D).
     """
 
     def __init__(self, c, kind):
@@ -69,97 +75,88 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """What is remembered where a text begins: nothing, but there is room for keys and values, (2, H, ., D)."""
+        """The memory where a text begins: there is room, but position and innovation say that nothing is there."""
         c = self.c
-        kv = lambda n: zeros(2, c.heads, n, c.head_dim)
-        memory = dict(window=kv(c.carried))
+        keys_values = lambda n: zeros(n, 2, c.heads, c.head_dim)
+        memory = dict(window=keys_values(c.carried))
         if self.fading:
-            memory.update(fading=kv(2 * c.W))
+            memory.update(fading=keys_values(2 * c.W))
         if self.M:
-            memory.update(eidetic=kv(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
+            memory.update(eidetic=keys_values(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
                           outputs=zeros(SPAN, c.width))
         return memory
 
-    def keys_values(self, kv):
-        """Keys, with norm, and values from (B, T, 2C) -> (B, 2, H, T, D)."""
-        k, v = kv.unflatten(2, (2, self.heads, -1)).unbind(2)
-        return torch.stack([norm(k).type_as(v), v], 1).transpose(2, 3)
-
-    def forward(self, u, y, memory, t, open, bonus):
-        """u, y (B, T, C) at positions t (B, T) of the text; `open` tokens of the same chunk came before them ->
-        out_t of algorithm 1 (B, T, C), and the memory after them. bonus (B, T) is added to the innovation."""
-        W, C, T = self.c.W, self.c.width, u.size(1)
-        q, kv = self.qkv(u).split([C, 2 * C], 2)
-        q = norm(q.unflatten(2, (self.heads, -1))).type_as(q).transpose(1, 2)  # (B, H, T, D)
-        new = dict(window=self.keys_values(kv))                                # (B, 2, H, T, D)
+    def forward(self, u, y, memory, t, bonus):
+        """u, y (B, T, C) at positions t (B, T) of the text -> out_t of algorithm 1 (B, T, C), and the memory after these
+        tokens. While a chunk is open, its tokens stand behind those of the memory."""
+        memory, split = dict(memory), lambda x, n: x.unflatten(2, (n, self.heads, -1)).unbind(2)     # n (B, T, H, D)
+        q, k, v = split(self.qkv(u), 3)
+        q, new = norm(q).type_as(v), dict(window=torch.stack([norm(k).type_as(v), v], 2))            # (B, T, 2, H, D)
         if self.fading:
-            new["fading"] = self.keys_values(F.linear(y, self.qkv.weight[C:]))
-        memory = dict(memory)
+            k, v = split(F.linear(y, self.qkv.weight[self.c.width:]), 2)       # y has the keys and values that u has
+            new.update(fading=torch.stack([norm(k).type_as(v), v], 2))
         if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps + bonus, position=t)
-        along = dict(window=3, fading=3, innovation=1, position=1)             # the dimension of the tokens
-        sizes = [min(W - open, T)]
-        while sum(sizes) < T:
-            sizes.append(min(W, T - sum(sizes)))
-        new = {name: x.split(sizes, along[name]) for name, x in new.items()}
-        out = []
-        for i, (q, t) in enumerate(zip(q.split(sizes, 2), t.split(sizes, 1))):
-            for name, parts in new.items():
-                memory[name] = torch.cat([memory[name].type_as(parts[i]), parts[i]], along[name])
-            out.append(self.chunk(q, t, open, memory))
-            open += t.size(1)
-            if open == W:
-                memory, open = self.keep(memory), 0
-        return self.out(torch.cat(out, 2).transpose(1, 2).flatten(2)), memory
+        T, open, out = u.size(1), memory["window"].size(1) - self.c.carried, []
+        borders = [0, *range(self.c.W - open, T, self.c.W), T]                 # where chunks begin among these tokens
+        sizes = [end - begin for begin, end in zip(borders, borders[1:])]
+        for q, t, *parts in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
+            for name, x in zip(new, parts):
+                memory[name] = torch.cat([memory[name].type_as(x), x], 1)
+            out.append(self.attend_chunk(q, t, memory))
+            if memory["window"].size(1) == self.c.carried + self.c.W:
+                memory = self.close_chunk(memory)
+        return self.out(torch.cat(out, 1).flatten(2)), memory
 
-    def chunk(self, q, t, open, memory):
-        """The attention of queries q (B, H, T, D) at positions t (B, T), of which `open` tokens of their chunk came
-        before -> (B, H, T, D)."""
-        c, W, T, device = self.c, self.c.W, t.size(1), t.device
-        s, t = t[:, :1] - open, t[:, :, None]                                  # (B, 1), (B, T, 1)
-        raw = torch.arange(-c.carried, open + T, device=device)                # positions, counted from s
-        p = (s + raw)[:, None]                                                 # (B, 1, .)
-        seen = [(p <= t) & (p > t - W) & (p >= 0)]                             # (B, T, .)
-        kv, place = [memory["window"]], [raw]
+    def attend_chunk(self, q, t, memory):
+        """Queries q (B, T, H, D) of one chunk, the last T of its tokens so far, at positions t (B, T) -> (B, T, H, D)."""
+        c, W, T, dev = self.c, self.c.W, q.size(1), q.device
+        open = memory["window"].size(1) - c.carried - T                        # tokens of this chunk before these
+        s, t = t[:, :1, None] - open, t[:, :, None]                            # (B, 1, 1), (B, T, 1)
+        place = torch.arange(-c.carried, open + T, device=dev)                 # positions from s on, for RoPE
+        p = s + place                                                          # (B, 1, .) positions in the text
+        kv, places, seen = [memory["window"]], [place], [(p > t - W) & (p <= t) & (p >= 0)]          # (B, T, .)
         if self.fading:
-            fading = torch.arange(-2 * W, 0, device=device)
-            p = (s + fading)[:, None]
-            near = (p <= t - W) & (p > t - 2 * W) if self.fading < 0 else (p >= s[:, None] - self.fading).expand(-1, T, -1)
-            seen.append(near & (p >= 0))
-            kv.append(memory["fading"][:, :, :, :2 * W])
-            place.append(fading)
+            place = torch.arange(-2 * W, 0, device=dev)
+            p = s + place
+            span = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
+            kv, places, seen = kv + [memory["fading"][:, :2 * W]], places + [place], seen + [span & (p >= 0)]
         if self.M:
-            p = memory["position"][:, None, :self.M]
-            seen.append((p <= t - W) & (memory["innovation"][:, None, :self.M] >= 0))
-            kv.append(memory["eidetic"])
-            place.append(raw.new_full((self.M,), -W))
-        k, v = torch.cat(kv, 3).unbind(1)                                      # (B, H, ., D)
+            p, eps = memory["position"][:, None, :self.M], memory["innovation"][:, None, :self.M]    # (B, 1, M)
+            kv, seen = kv + [memory["eidetic"]], seen + [(p <= t - W) & (eps >= 0)]
+            places.append(torch.full((self.M,), -W, device=dev))               # as if all stood just before the window
+        k, v = torch.cat([x.type_as(q) for x in kv], 1).transpose(1, 3).unbind(2)                    # (B, H, ., D)
+        q = q.transpose(1, 2)
         if c.rope:
-            q = rotate(q, rope(torch.arange(open, open + T, device=device), c.head_dim))
-            k = rotate(k, rope(torch.cat(place), c.head_dim))
-        return attend(q, k, v, torch.cat(seen, 2)[:, None])
+            q = rotate(q, rope(torch.arange(open, open + T, device=dev), c.head_dim))
+            k = rotate(k, rope(torch.cat(places), c.head_dim))
+        return attend(q, k, v, torch.cat(seen, 2)[:, None]).transpose(1, 2)
 
-    def keep(self, memory):
-        """A chunk is full: the window and the fading tokens move on, and the M largest innovations are kept, M_t."""
+    def close_chunk(self, memory):
+        """A chunk is full. The window and the fading tokens move on, and the eidetic tokens are M_t of algorithm 1: the
+        M largest innovations of those kept and those of the chunk."""
         c, window = self.c, memory["window"]
-        memory = dict(memory, window=window[:, :, :, window.size(3) - c.carried:])
+        memory = dict(memory, window=window[:, c.W:])
         if self.fading:
-            memory["fading"] = memory["fading"][:, :, :, -2 * c.W:]
+            memory["fading"] = memory["fading"][:, c.W:]
         if self.M:
-            memory["innovation"], i = memory["innovation"].topk(self.M, 1)     # (B, M)
-            memory["position"] = memory["position"].gather(1, i)
-            kv = torch.cat([memory["eidetic"], window[:, :, :, c.carried:]], 3)          # (B, 2, H, M+W, D)
-            memory["eidetic"] = kv.take_along_dim(i[:, None, None, :, None], 3)
+            memory["innovation"], best = memory["innovation"].topk(self.M, 1)  # (B, M)
+            memory["position"] = memory["position"].gather(1, best)
+            kv = torch.cat([memory["eidetic"].type_as(window), window[:, c.carried:]], 1)            # (B, M+W, 2, H, D)
+            memory["eidetic"] = kv.take_along_dim(best[:, :, None, None, None], 1)
         return memory
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
 
 class Layer(nn.Module):
     """A layer of one kind: bmojo, window (no state space) or ssm (no attention). All have as many parameters as GPT's."""
 
     def __init__(self, c, kind):
         super().__init__()
-        self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
+        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c) if kind != "window" else None
         self.attention = Attention(c, kind) if kind != "ssm" else None
         self.mlp = MLP(c, remaining_hidden(c, self))
@@ -167,59 +164,78 @@ class Layer(nn.Module):
         nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
 
     def start(self, zeros):
-        c, memory = self.c, {}
-        if c.conv:
-            memory.update(conv=zeros(TAPS - 1, c.width))
+        memory = {}
+        if self.taps is not None:
+            memory.update(conv=zeros(*self.taps[1:].shape))
         if self.ssm:
-            memory.update(ssm=zeros(c.heads, c.head_dim, c.N))
-        return memory | self.attention.start(zeros) if self.attention else memory
+            memory.update(self.ssm.start(zeros))
+        if self.attention:
+            memory.update(self.attention.start(zeros))
+        return memory
 
-    def forward(self, x, memory, t, open, bonus):
+    def forward(self, x, memory, t, bonus):
         u, y, memory = norm(x), None, dict(memory)
-        if self.c.conv:
+        if self.taps is not None:
             u, memory["conv"] = short_conv(u, memory["conv"], self.taps)
         if self.ssm:
             y, memory["ssm"] = self.ssm(u, memory["ssm"])
         if self.attention:
-            y, memory = self.attention(u, y, memory, t, open, bonus)
+            y, memory = self.attention(u, y, memory, t, bonus)
         x = x + y
         return x + self.mlp(norm(x)), memory
 
 
 class BMojo(GPT):
-    """TODO"""
+    """Layers in which attention sees three memories side by side: the last W tokens as they are, outputs of a state
+    space that sum up what came before them, and M tokens from anywhere that the state space did not expect. Presets
+    leave parts out: `bmojo_f` the eidetic tokens; `hybrid` alternates attention windows and state spaces.
+
+    state    n (B,) tokens so far, and of each layer l, as far as it has them:
+             l.conv (B, 3, C), l.ssm (B, H, D, N) as in mamba   l.outputs (B, 3, C) the last outputs y
+             l.window (B, W, 2, H, D), l.fading (B, 2W, 2, H, D), l.eidetic (B, M, 2, H, D) keys and values
+             l.innovation (B, M) of the eidetic tokens, -1 where there is none   l.position (B, M) theirs in the text
+    read     each token attends to the W raw, the W fading and the M eidetic tokens in one softmax
+    write    after each chunk of W tokens, the M largest innovations of the M kept and the W new tokens: M_t of algorithm 1
+    paper    B'MOJO 2407.06324, section 3, algorithm 1, chunks as in appendix B.2; the state space is Mamba-2's, 2405.21060
+    departs  the paper has Mamba-1; it leaves open which outputs are the fading tokens, how far back the innovation looks
+             (here k = 3 outputs) and which norm it is (here Euclidean); RoPE within two windows (paper: none); no token is
+             seen twice; one convolution before both parts, so that an eidetic token knows the three before it; and what
+             mamba departs from
+    """
     Config = Config
-    parallel = math.inf
+    parallel = math.inf                     # nothing waits for the end of a segment
 
     def __init__(self, c):
         super().__init__(c)
         self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
 
+    def bonus(self, tokens, t):
+        """What is added to the innovations (B, T): nothing, or for an ablation more than any innovation is."""
+        if self.c.select == "random":                                          # a hash of the position
+            return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
+        if self.c.select != "innovation":
+            low, high = map(int, self.c.select.split("-"))
+            return 1e6 * ((tokens >= low) & (tokens < high))
+        return 0
+
     def init_state(self, B):
         zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
         return dict(flatten(layer.start(zeros) for layer in self.blocks), n=zeros().long())
 
-    def bonus(self, tokens, t):
-        if self.c.select == "innovation":
-            return torch.zeros_like(t, dtype=torch.float32)
-        if self.c.select == "random":
-            return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
-        lo, hi = map(int, self.c.select.split("-"))
-        return 1e6 * ((tokens >= lo) & (tokens < hi))
-
     def read(self, state):
-        return state["n"], 0, unflatten(state, self.c.layers)
+        return state["n"], unflatten(state, self.c.layers)
 
     def extend(self, tokens, cache):
-        n, P, layers = cache
-        T, x, now = tokens.size(1), self.embed(tokens), []
-        t = n[:, None] + torch.arange(P, P + T, device=n.device)
+        n, layers = cache
+        x, now, T = self.embed(tokens), [], tokens.size(1)
+        t = n[:, None] + torch.arange(T, device=n.device)                      # (B, T) positions in the text
+        bonus = self.bonus(tokens, t)
         for layer, memory in zip(self.blocks, layers):
-            x, memory = layer(x, memory, t, P % self.c.W, self.bonus(tokens, t))
+            x, memory = layer(x, memory, t, bonus)
             now.append(memory)
-        return self.head(norm(x)), (n, P + T, now)
+        return self.head(norm(x)), (n + T, now)                                # (B, T, V)
 
     def write(self, cache, state):
-        n, P, layers = cache
-        now = dict(flatten(layers), n=n + P)
+        n, layers = cache
+        now = dict(flatten(layers), n=n)
         return {k: now[k].to(old.dtype, copy=True, memory_format=torch.contiguous_format) for k, old in state.items()}

@@ -73,6 +73,9 @@ class SSM(nn.Module):
         self.skip = nn.Parameter(torch.ones(H))
         self.out = nn.Linear(C, C, bias=False)
 
+    def start(self, zeros):
+        return dict(ssm=zeros(self.c.heads, self.c.head_dim, self.c.N))
+
     def forward(self, u, h):
         """u (B, T, C) and the state h (B, H, D, N) -> y (B, T, C) and the next state."""
         C, H, N = self.c.width, self.c.heads, self.c.N
@@ -109,24 +112,25 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.taps = c, nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
+        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c)
         self.mlp = MLP(c, remaining_hidden(c, self))
         self.apply(GPT.init)
         nn.init.normal_(self.ssm.out.weight, std=(2 * c.layers * c.width) ** -0.5)
 
     def start(self, zeros):
-        c = self.c
-        state = dict(conv=zeros(TAPS - 1, c.width)) if c.conv else {}
-        return dict(state, ssm=zeros(c.heads, c.head_dim, c.N))
+        memory = self.ssm.start(zeros)
+        if self.taps is not None:
+            memory.update(conv=zeros(*self.taps[1:].shape))
+        return memory
 
-    def forward(self, x, past):
-        u, now = norm(x), {}
-        if self.c.conv:
-            u, now["conv"] = short_conv(u, past["conv"], self.taps)
-        y, now["ssm"] = self.ssm(u, past["ssm"])
+    def forward(self, x, memory):
+        u, memory = norm(x), dict(memory)
+        if self.taps is not None:
+            u, memory["conv"] = short_conv(u, memory["conv"], self.taps)
+        y, memory["ssm"] = self.ssm(u, memory["ssm"])
         x = x + y
-        return x + self.mlp(norm(x)), now
+        return x + self.mlp(norm(x)), memory
 
 
 def flatten(layers):
@@ -171,9 +175,9 @@ class Mamba(GPT):
 
     def extend(self, tokens, cache):
         x, now = self.embed(tokens), []
-        for layer, past in zip(self.blocks, cache):
-            x, past = layer(x, past)
-            now.append(past)
+        for layer, memory in zip(self.blocks, cache):
+            x, memory = layer(x, memory)
+            now.append(memory)
         return self.head(norm(x)), now                                         # (B, T, V)
 
     def write(self, cache, state):
