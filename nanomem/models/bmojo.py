@@ -1,8 +1,7 @@
-"""B'MOJO: one attention over three memories: the last tokens, the outputs of a state space, and the tokens that it did
-not expect.
+"""B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and the tokens that surprised it.
 
-    W tokens in the attention window and in a chunk (the paper's w)     M eidetic tokens     G chunks in a call
-    u inputs of a layer, raw tokens     y outputs of its state space, fading tokens
+    u inputs of a layer (raw tokens)     y outputs of its state space (fading tokens)
+    W tokens in the attention window and in a chunk, the paper's w     M eidetic tokens
 """
 import math
 import re
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from . import gpt, mamba
 from .gpt import GPT, MLP, attend, norm, rope, rotate
-from .mamba import SSM, TAPS, flatten, remaining_hidden, short_conv, unflatten
+from .mamba import SSM, TAPS, flatten, own, remaining_hidden, short_conv, unflatten
 
 SPAN = 3   # outputs whose mean predicts the next one: k in algorithm 1
 
@@ -28,10 +27,10 @@ class Config(mamba.Config):
     rope: bool = True            # positions, counted within two windows; the paper has none
     select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo-hi
 
-    carried = property(lambda c: c.window if c.window >= 0 else     # raw tokens that the next segment sees
-                       next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
-    W = property(lambda c: c.carried or c.seg)
-    M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.carried)
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens of the chunk before, 0 or W
+                    next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
+    W = property(lambda c: c.past or c.seg)
+    M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,15 +44,11 @@ class Config(mamba.Config):
             f"select is innovation, random or ids lo-hi, got {self.select}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The attention
-
 def innovation(y, last):
-    """eps_t of algorithm 1: how far each output y (B, T, C) is from the mean of the k outputs before it, the first ones
-    from those in last (B, k, C). -> eps (B, T) and the last k outputs."""
-    T = y.size(1)
-    line = torch.cat([last, y.type_as(last)], 1)                               # (B, k+T, C)
-    predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C), y^ of algorithm 1
+    """eps_t of algorithm 1: the distance of each output y_t (B, T, C) from the mean of the k outputs before it. The k
+    outputs before y are in last (B, k, C). -> eps (B, T) and the new last outputs."""
+    T, line = y.size(1), torch.cat([last, y], 1)                               # (B, k+T, C)
+    predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C) y^ of algorithm 1
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
 
 
@@ -61,12 +56,12 @@ class Attention(gpt.Attention):
     """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s of the text, the
     query at position t sees, in one softmax,
 
-        raw tokens u_p        with  t - W < p <= t
-        fading tokens y_p     with  t - 2W < p <= t - W     (fading=n: the n before s)
-        eidetic tokens u_p    with  p <= t - W              of the M tokens before s that have the largest eps_p
+        raw tokens u_p          t - W < p <= t
+        fading tokens y_p       t - 2W < p <= t - W     (with fading=n: the n before s)
+        eidetic tokens u_p      p <= t - W              of the M tokens before s with the largest eps_p
 
-    So the fading and the eidetic tokens are all known when the chunk begins, and no query waits for another. Of all
-    tokens the memory holds keys, with norm but not yet rotated, and values: (B, tokens, 2, H, D).
+    All fading and eidetic tokens are known when the chunk begins, so its queries do not wait for each other. The memory
+    holds keys, with norm but not rotated, and values of tokens: (B, tokens, 2, H, D).
     """
 
     def __init__(self, c, kind):
@@ -75,84 +70,84 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """The memory where a text begins: there is room, but position and innovation say that nothing is there."""
-        c = self.c
-        keys_values = lambda n: zeros(n, 2, c.heads, c.head_dim)
-        memory = dict(window=keys_values(c.carried))
+        """The memory where a text begins. It has room for all tokens; position and innovation say which are there."""
+        keys_values = lambda n: zeros(n, 2, self.c.heads, self.c.head_dim)
+        memory = dict(window=keys_values(self.c.past))
         if self.fading:
-            memory.update(fading=keys_values(2 * c.W))
+            memory.update(fading=keys_values(2 * self.c.W))
         if self.M:
             memory.update(eidetic=keys_values(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
-                          outputs=zeros(SPAN, c.width))
+                          outputs=zeros(SPAN, self.c.width))
         return memory
 
+    def keys_values(self, kv):
+        """(B, T, 2C) -> keys, with norm, and values (B, T, 2, H, D)."""
+        k, v = kv.unflatten(2, (2, self.heads, -1)).unbind(2)
+        return torch.stack([norm(k), v], 2)
+
     def forward(self, u, y, memory, t, bonus):
-        """u, y (B, T, C) at positions t (B, T) of the text -> out_t of algorithm 1 (B, T, C), and the memory after these
-        tokens. While a chunk is open, its tokens stand behind those of the memory."""
-        memory, split = dict(memory), lambda x, n: x.unflatten(2, (n, self.heads, -1)).unbind(2)     # n (B, T, H, D)
-        q, k, v = split(self.qkv(u), 3)
-        q, new = norm(q).type_as(v), dict(window=torch.stack([norm(k).type_as(v), v], 2))            # (B, T, 2, H, D)
-        if self.fading:
-            k, v = split(F.linear(y, self.qkv.weight[self.c.width:]), 2)       # y has the keys and values that u has
-            new.update(fading=torch.stack([norm(k).type_as(v), v], 2))
-        if self.M:
+        """u and y (B, T, C) at positions t (B, T) -> out_t of algorithm 1 (B, T, C), and the memory after these tokens.
+        Tokens of a chunk that is not yet full stand behind those of the memory."""
+        (W, past, C, T), memory = (self.c.W, self.c.past, self.c.width, u.size(1)), dict(memory)
+        q, kv = self.qkv(u).split([C, 2 * C], 2)
+        q, new = norm(q.unflatten(2, (self.heads, -1))), dict(window=self.keys_values(kv))
+        if self.fading:                                                        # u and y share the maps to keys and values
+            new.update(fading=self.keys_values(F.linear(y, self.qkv.weight[C:])))
+        if self.M:                                                             # the choice itself has no gradient
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps + bonus, position=t)
-        T, open, out = u.size(1), memory["window"].size(1) - self.c.carried, []
-        borders = [0, *range(self.c.W - open, T, self.c.W), T]                 # where chunks begin among these tokens
-        sizes = [end - begin for begin, end in zip(borders, borders[1:])]
-        for q, t, *parts in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
-            for name, x in zip(new, parts):
-                memory[name] = torch.cat([memory[name].type_as(x), x], 1)
+        begun, out = memory["window"].size(1) - past, []                       # tokens of the open chunk so far
+        borders = [0, *range(W - begun, T, W), T]                              # where chunks begin in this call
+        sizes = [right - left for left, right in zip(borders, borders[1:])]
+        for q, t, *tokens in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
+            for name, x in zip(new, tokens):
+                memory[name] = torch.cat([memory[name], x], 1)
             out.append(self.attend_chunk(q, t, memory))
-            if memory["window"].size(1) == self.c.carried + self.c.W:
+            if memory["window"].size(1) == past + W:
                 memory = self.close_chunk(memory)
         return self.out(torch.cat(out, 1).flatten(2)), memory
 
     def attend_chunk(self, q, t, memory):
-        """Queries q (B, T, H, D) of one chunk, the last T of its tokens so far, at positions t (B, T) -> (B, T, H, D)."""
-        c, W, T, dev = self.c, self.c.W, q.size(1), q.device
-        open = memory["window"].size(1) - c.carried - T                        # tokens of this chunk before these
-        s, t = t[:, :1, None] - open, t[:, :, None]                            # (B, 1, 1), (B, T, 1)
-        place = torch.arange(-c.carried, open + T, device=dev)                 # positions from s on, for RoPE
-        p = s + place                                                          # (B, 1, .) positions in the text
-        kv, places, seen = [memory["window"]], [place], [(p > t - W) & (p <= t) & (p >= 0)]          # (B, T, .)
+        """The attention of queries q (B, T, H, D) at positions t (B, T), the last tokens of the open chunk so far."""
+        W, M, T, device, window = self.c.W, self.M, q.size(1), q.device, memory["window"]
+        begun = window.size(1) - self.c.past - T                               # tokens of the chunk before these
+        s, t = t[:, :1, None] - begun, t[:, :, None]                           # (B, 1, 1), (B, T, 1)
+        local = torch.arange(-self.c.past, begun + T, device=device)           # positions counted from s
+        p = s + local                                                          # (B, 1, .)
+        parts = [(window, local, (p > t - W) & (p <= t) & (p >= 0))]
         if self.fading:
-            place = torch.arange(-2 * W, 0, device=dev)
-            p = s + place
-            span = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
-            kv, places, seen = kv + [memory["fading"][:, :2 * W]], places + [place], seen + [span & (p >= 0)]
-        if self.M:
-            p, eps = memory["position"][:, None, :self.M], memory["innovation"][:, None, :self.M]    # (B, 1, M)
-            kv, seen = kv + [memory["eidetic"]], seen + [(p <= t - W) & (eps >= 0)]
-            places.append(torch.full((self.M,), -W, device=dev))               # as if all stood just before the window
-        k, v = torch.cat([x.type_as(q) for x in kv], 1).transpose(1, 3).unbind(2)                    # (B, H, ., D)
-        q = q.transpose(1, 2)
-        if c.rope:
-            q = rotate(q, rope(torch.arange(open, open + T, device=dev), c.head_dim))
-            k = rotate(k, rope(torch.cat(places), c.head_dim))
-        return attend(q, k, v, torch.cat(seen, 2)[:, None]).transpose(1, 2)
+            local = torch.arange(-2 * W, 0, device=device)
+            p = s + local
+            seen = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
+            parts.append((memory["fading"][:, :2 * W], local, seen & (p >= 0)))
+        if M:
+            local = torch.full((M,), -W, device=device)                        # wherever they stood in the text
+            p, eps = memory["position"][:, None, :M], memory["innovation"][:, None, :M]              # (B, 1, M)
+            parts.append((memory["eidetic"], local, (p <= t - W) & (eps >= 0)))
+        kv, local, seen = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0, 2)))
+        q, k, v = (x.transpose(1, 2) for x in (q, *kv.type_as(q).unbind(2)))   # (B, H, ., D)
+        if self.c.rope:
+            q = rotate(q, rope(torch.arange(begun, begun + T, device=device), self.c.head_dim))
+            k = rotate(k, rope(local, self.c.head_dim))
+        return attend(q, k, v, seen[:, None]).transpose(1, 2)
 
     def close_chunk(self, memory):
-        """A chunk is full. The window and the fading tokens move on, and the eidetic tokens are M_t of algorithm 1: the
-        M largest innovations of those kept and those of the chunk."""
-        c, window = self.c, memory["window"]
-        memory = dict(memory, window=window[:, c.W:])
+        """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
+        the M largest innovations of the tokens kept so far and those of the chunk."""
+        W, past, window = self.c.W, self.c.past, memory["window"]
+        memory = dict(memory, window=window[:, W:])
         if self.fading:
-            memory["fading"] = memory["fading"][:, c.W:]
+            memory["fading"] = memory["fading"][:, W:]
         if self.M:
             memory["innovation"], best = memory["innovation"].topk(self.M, 1)  # (B, M)
             memory["position"] = memory["position"].gather(1, best)
-            kv = torch.cat([memory["eidetic"].type_as(window), window[:, c.carried:]], 1)            # (B, M+W, 2, H, D)
-            memory["eidetic"] = kv.take_along_dim(best[:, :, None, None, None], 1)
+            candidates = torch.cat([memory["eidetic"], window[:, past:]], 1)   # (B, M+W, 2, H, D)
+            memory["eidetic"] = candidates.take_along_dim(best[:, :, None, None, None], 1)
         return memory
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
 class Layer(nn.Module):
-    """A layer of one kind: bmojo, window (no state space) or ssm (no attention). All have as many parameters as GPT's."""
+    """A layer of kind bmojo, window (no state space) or ssm (no attention), with as many parameters as a layer of GPT."""
 
     def __init__(self, c, kind):
         super().__init__()
@@ -164,13 +159,9 @@ class Layer(nn.Module):
         nn.init.normal_((self.attention or self.ssm).out.weight, std=(2 * c.layers * c.width) ** -0.5)
 
     def start(self, zeros):
-        memory = {}
-        if self.taps is not None:
-            memory.update(conv=zeros(*self.taps[1:].shape))
-        if self.ssm:
-            memory.update(self.ssm.start(zeros))
-        if self.attention:
-            memory.update(self.attention.start(zeros))
+        memory = dict(conv=zeros(*self.taps[1:].shape)) if self.taps is not None else {}
+        for part in (self.ssm, self.attention):
+            memory.update(part.start(zeros) if part else {})
         return memory
 
     def forward(self, x, memory, t, bonus):
@@ -188,19 +179,19 @@ class Layer(nn.Module):
 class BMojo(GPT):
     """Layers in which attention sees three memories side by side: the last W tokens as they are, outputs of a state
     space that sum up what came before them, and M tokens from anywhere that the state space did not expect. Presets
-    leave parts out: `bmojo_f` the eidetic tokens; `hybrid` alternates attention windows and state spaces.
+    leave parts out: `bmojo_f` the eidetic tokens; `hybrid` alternates layers of window attention and of state space.
 
     state    n (B,) tokens so far, and of each layer l, as far as it has them:
              l.conv (B, 3, C), l.ssm (B, H, D, N) as in mamba   l.outputs (B, 3, C) the last outputs y
              l.window (B, W, 2, H, D), l.fading (B, 2W, 2, H, D), l.eidetic (B, M, 2, H, D) keys and values
-             l.innovation (B, M) of the eidetic tokens, -1 where there is none   l.position (B, M) theirs in the text
-    read     each token attends to the W raw, the W fading and the M eidetic tokens in one softmax
-    write    after each chunk of W tokens, the M largest innovations of the M kept and the W new tokens: M_t of algorithm 1
-    paper    B'MOJO 2407.06324, section 3, algorithm 1, chunks as in appendix B.2; the state space is Mamba-2's, 2405.21060
-    departs  the paper has Mamba-1; it leaves open which outputs are the fading tokens, how far back the innovation looks
-             (here k = 3 outputs) and which norm it is (here Euclidean); RoPE within two windows (paper: none); no token is
-             seen twice; one convolution before both parts, so that an eidetic token knows the three before it; and what
-             mamba departs from
+             l.innovation (B, M) of the eidetic tokens, -1: none there   l.position (B, M) theirs in the text
+    read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
+    write    after every W tokens, the M largest innovations of the M kept and the W new tokens: M_t of algorithm 1
+    paper    B'MOJO 2407.06324, section 3, algorithm 1, chunks of appendix B.2; state space of Mamba-2 2405.21060
+    departs  the paper has Mamba-1, and leaves open which outputs are the fading tokens, how many outputs predict the next
+             (here k = 3) and what error is (here Euclidean distance); RoPE within two windows (paper: none); no token is
+             seen twice; one convolution before attention and state space, so that an eidetic token knows the three
+             before it; and what mamba departs from
     """
     Config = Config
     parallel = math.inf                     # nothing waits for the end of a segment
@@ -210,7 +201,7 @@ class BMojo(GPT):
         self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
 
     def bonus(self, tokens, t):
-        """What is added to the innovations (B, T): nothing, or for an ablation more than any innovation is."""
+        """What ablations add to the innovations (B, T); it is larger than any innovation."""
         if self.c.select == "random":                                          # a hash of the position
             return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
         if self.c.select != "innovation":
@@ -237,5 +228,4 @@ class BMojo(GPT):
 
     def write(self, cache, state):
         n, layers = cache
-        now = dict(flatten(layers), n=n)
-        return {k: now[k].to(old.dtype, copy=True, memory_format=torch.contiguous_format) for k, old in state.items()}
+        return own(dict(flatten(layers), n=n), state)

@@ -148,6 +148,11 @@ def unflatten(state, L):
     return layers
 
 
+def own(now, state):
+    """The tensors of `now` as copies that are contiguous, with the types that they have in `state`."""
+    return {k: now[k].to(old.dtype, copy=True, memory_format=torch.contiguous_format) for k, old in state.items()}
+
+
 class Mamba(GPT):
     """Layers of state spaces and no attention. A text of any length is summed up in a state of fixed size, which fades.
 
@@ -181,5 +186,4 @@ class Mamba(GPT):
         return self.head(norm(x)), now                                         # (B, T, V)
 
     def write(self, cache, state):
-        now = flatten(cache)
-        return {k: now[k].to(old.dtype, copy=True, memory_format=torch.contiguous_format) for k, old in state.items()}
+        return own(flatten(cache), state)
