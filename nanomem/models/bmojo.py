@@ -1,9 +1,8 @@
-"""B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and the tokens that surprised it.
+"""B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that it did not expect.
 
-    u inputs of a layer (raw tokens)     y outputs of its state space (fading tokens)
-    W tokens in the attention window and in a chunk, the paper's w     M eidetic tokens
+    u inputs of a layer, raw tokens     y outputs of its state space, fading tokens     M eidetic tokens
+    W tokens in the attention window and in a chunk: the paper's w
 """
-import math
 import re
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ from torch.nn import functional as F
 
 from . import gpt, mamba
 from .gpt import GPT, MLP, attend, norm, rope, rotate
-from .mamba import SSM, TAPS, flatten, own, remaining_hidden, short_conv, unflatten
+from .mamba import SSM, TAPS, Mamba, remaining_hidden, short_conv
 
-SPAN = 3   # outputs whose mean predicts the next one: k in algorithm 1
+SPAN = 3   # outputs whose mean predicts the next one, k of algorithm 1
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Config(mamba.Config):
     rope: bool = True            # positions, counted within two windows; the paper has none
     select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo-hi
 
-    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens of the chunk before, 0 or W
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that a chunk sees of the one before, W or 0
                     next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
     W = property(lambda c: c.past or c.seg)
     M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
@@ -45,8 +44,8 @@ class Config(mamba.Config):
 
 
 def innovation(y, last):
-    """eps_t of algorithm 1: the distance of each output y_t (B, T, C) from the mean of the k outputs before it. The k
-    outputs before y are in last (B, k, C). -> eps (B, T) and the new last outputs."""
+    """eps_t of algorithm 1: the distance of each output y_t (B, T, C) from the mean of the k before it. last (B, k, C)
+    are the k outputs before y. -> eps (B, T) and the new last outputs."""
     T, line = y.size(1), torch.cat([last, y], 1)                               # (B, k+T, C)
     predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C) y^ of algorithm 1
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
@@ -54,14 +53,13 @@ def innovation(y, last):
 
 class Attention(gpt.Attention):
     """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s of the text, the
-    query at position t sees, in one softmax,
+    query at position t sees in one softmax
 
         raw tokens u_p          t - W < p <= t
         fading tokens y_p       t - 2W < p <= t - W     (with fading=n: the n before s)
         eidetic tokens u_p      p <= t - W              of the M tokens before s with the largest eps_p
 
-    All fading and eidetic tokens are known when the chunk begins, so its queries do not wait for each other. The memory
-    holds keys, with norm but not rotated, and values of tokens: (B, tokens, 2, H, D).
+    The memory holds keys, with norm but not yet rotated, and values of tokens: (B, tokens, 2, H, D).
     """
 
     def __init__(self, c, kind):
@@ -70,13 +68,13 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """The memory where a text begins. It has room for all tokens; position and innovation say which are there."""
-        keys_values = lambda n: zeros(n, 2, self.c.heads, self.c.head_dim)
-        memory = dict(window=keys_values(self.c.past))
+        """The memory where a text begins: room for all tokens. Position and innovation say which are there."""
+        room = lambda tokens: zeros(tokens, 2, self.c.heads, self.c.head_dim)
+        memory = dict(window=room(self.c.past))
         if self.fading:
-            memory.update(fading=keys_values(2 * self.c.W))
+            memory.update(fading=room(2 * self.c.W))
         if self.M:
-            memory.update(eidetic=keys_values(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
+            memory.update(eidetic=room(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
                           outputs=zeros(SPAN, self.c.width))
         return memory
 
@@ -87,67 +85,67 @@ class Attention(gpt.Attention):
 
     def forward(self, u, y, memory, t, bonus):
         """u and y (B, T, C) at positions t (B, T) -> out_t of algorithm 1 (B, T, C), and the memory after these tokens.
-        Tokens of a chunk that is not yet full stand behind those of the memory."""
-        (W, past, C, T), memory = (self.c.W, self.c.past, self.c.width, u.size(1)), dict(memory)
+        The tokens of an open chunk, one that is not full, stand behind those of the memory."""
+        W, C, T, memory, out = self.c.W, self.c.width, u.size(1), dict(memory), []
         q, kv = self.qkv(u).split([C, 2 * C], 2)
         q, new = norm(q.unflatten(2, (self.heads, -1))), dict(window=self.keys_values(kv))
-        if self.fading:                                                        # u and y share the maps to keys and values
+        if self.fading:                                                        # with the same weights as for u
             new.update(fading=self.keys_values(F.linear(y, self.qkv.weight[C:])))
-        if self.M:                                                             # the choice itself has no gradient
+        if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps + bonus, position=t)
-        begun, out = memory["window"].size(1) - past, []                       # tokens of the open chunk so far
-        borders = [0, *range(W - begun, T, W), T]                              # where chunks begin in this call
-        sizes = [right - left for left, right in zip(borders, borders[1:])]
-        for q, t, *tokens in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
-            for name, x in zip(new, tokens):
+        open = memory["window"].size(1) - self.c.past                          # tokens of the open chunk so far
+        borders = [0, *range(W - open, T, W), T]                               # where chunks begin in this call
+        sizes = [end - begin for begin, end in zip(borders, borders[1:])]
+        for q, t, *parts in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
+            for name, x in zip(new, parts):
                 memory[name] = torch.cat([memory[name], x], 1)
             out.append(self.attend_chunk(q, t, memory))
-            if memory["window"].size(1) == past + W:
+            if memory["window"].size(1) == self.c.past + W:
                 memory = self.close_chunk(memory)
         return self.out(torch.cat(out, 1).flatten(2)), memory
 
     def attend_chunk(self, q, t, memory):
-        """The attention of queries q (B, T, H, D) at positions t (B, T), the last tokens of the open chunk so far."""
-        W, M, T, device, window = self.c.W, self.M, q.size(1), q.device, memory["window"]
-        begun = window.size(1) - self.c.past - T                               # tokens of the chunk before these
-        s, t = t[:, :1, None] - begun, t[:, :, None]                           # (B, 1, 1), (B, T, 1)
-        local = torch.arange(-self.c.past, begun + T, device=device)           # positions counted from s
-        p = s + local                                                          # (B, 1, .)
-        parts = [(window, local, (p > t - W) & (p <= t) & (p >= 0))]
+        """The queries q (B, T, H, D) at positions t (B, T) are those of the last tokens of the open chunk."""
+        W, M, T, window, dev = self.c.W, self.M, q.size(1), memory["window"], q.device
+        open = window.size(1) - self.c.past - T                                # tokens of the chunk before these
+        s, t = t[:, :1, None] - open, t[:, :, None]                            # (B, 1, 1), (B, T, 1)
+        offset = torch.arange(-self.c.past, open + T, device=dev)              # p - s, the position for RoPE
+        p = s + offset                                                         # (B, 1, .)
+        parts = [(window, offset, (p > t - W) & (p <= t) & (p >= 0))]
         if self.fading:
-            local = torch.arange(-2 * W, 0, device=device)
-            p = s + local
+            offset = torch.arange(-2 * W, 0, device=dev)
+            p = s + offset
             seen = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
-            parts.append((memory["fading"][:, :2 * W], local, seen & (p >= 0)))
+            parts.append((memory["fading"][:, :2 * W], offset, seen & (p >= 0)))
         if M:
-            local = torch.full((M,), -W, device=device)                        # wherever they stood in the text
             p, eps = memory["position"][:, None, :M], memory["innovation"][:, None, :M]              # (B, 1, M)
-            parts.append((memory["eidetic"], local, (p <= t - W) & (eps >= 0)))
-        kv, local, seen = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0, 2)))
+            offset = torch.full((M,), -W, device=dev)                          # RoPE is not told how old they are
+            parts.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
+        kv, offset, seen = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0, 2)))
         q, k, v = (x.transpose(1, 2) for x in (q, *kv.type_as(q).unbind(2)))   # (B, H, ., D)
         if self.c.rope:
-            q = rotate(q, rope(torch.arange(begun, begun + T, device=device), self.c.head_dim))
-            k = rotate(k, rope(local, self.c.head_dim))
-        return attend(q, k, v, seen[:, None]).transpose(1, 2)
+            q = rotate(q, rope(torch.arange(open, open + T, device=dev), self.c.head_dim))
+            k = rotate(k, rope(offset, self.c.head_dim))
+        return attend(q, k, v, seen[:, None]).transpose(1, 2)                  # (B, T, H, D)
 
     def close_chunk(self, memory):
-        """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
-        the M largest innovations of the tokens kept so far and those of the chunk."""
-        W, past, window = self.c.W, self.c.past, memory["window"]
-        memory = dict(memory, window=window[:, W:])
+        """A chunk is full. The window and the fading tokens move on by W, and the eidetic tokens become M_t of algorithm
+        1: the M largest innovations of those kept so far and those of the chunk."""
+        W, window, memory = self.c.W, memory["window"], dict(memory)
+        memory["window"] = window[:, W:]
         if self.fading:
             memory["fading"] = memory["fading"][:, W:]
         if self.M:
             memory["innovation"], best = memory["innovation"].topk(self.M, 1)  # (B, M)
             memory["position"] = memory["position"].gather(1, best)
-            candidates = torch.cat([memory["eidetic"], window[:, past:]], 1)   # (B, M+W, 2, H, D)
+            candidates = torch.cat([memory["eidetic"], window[:, self.c.past:]], 1)                  # (B, M+W, 2, H, D)
             memory["eidetic"] = candidates.take_along_dim(best[:, :, None, None, None], 1)
         return memory
 
 
 class Layer(nn.Module):
-    """A layer of kind bmojo, window (no state space) or ssm (no attention), with as many parameters as a layer of GPT."""
+    """A layer of one kind, with as many parameters as GPT's: bmojo, window (no state space) or ssm (no attention)."""
 
     def __init__(self, c, kind):
         super().__init__()
@@ -176,29 +174,27 @@ class Layer(nn.Module):
         return x + self.mlp(norm(x)), memory
 
 
-class BMojo(GPT):
-    """Layers in which attention sees three memories side by side: the last W tokens as they are, outputs of a state
-    space that sum up what came before them, and M tokens from anywhere that the state space did not expect. Presets
-    leave parts out: `bmojo_f` the eidetic tokens; `hybrid` alternates layers of window attention and of state space.
+class BMojo(Mamba):
+    """Layers whose attention sees three memories side by side: the last W tokens as they are, outputs of a state space
+    that sum up the tokens before, and M tokens from anywhere that the state space did not expect. Presets leave parts
+    out: `bmojo_f` the eidetic tokens; `hybrid` alternates layers of window attention and layers of state space.
 
     state    n (B,) tokens so far, and of each layer l, as far as it has them:
              l.conv (B, 3, C), l.ssm (B, H, D, N) as in mamba   l.outputs (B, 3, C) the last outputs y
              l.window (B, W, 2, H, D), l.fading (B, 2W, 2, H, D), l.eidetic (B, M, 2, H, D) keys and values
              l.innovation (B, M) of the eidetic tokens, -1: none there   l.position (B, M) theirs in the text
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
-    write    after every W tokens, the M largest innovations of the M kept and the W new tokens: M_t of algorithm 1
-    paper    B'MOJO 2407.06324, section 3, algorithm 1, chunks of appendix B.2; state space of Mamba-2 2405.21060
-    departs  the paper has Mamba-1, and leaves open which outputs are the fading tokens, how many outputs predict the next
-             (here k = 3) and what error is (here Euclidean distance); RoPE within two windows (paper: none); no token is
-             seen twice; one convolution before attention and state space, so that an eidetic token knows the three
-             before it; and what mamba departs from
+    write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
+    paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
+    departs  Mamba-2 for Mamba-1 (see mamba); the paper leaves open which outputs are the fading tokens, what y^ averages
+             (here k = 3 outputs) and what error is (here Euclidean distance); RoPE within two windows (paper: none); no
+             token is seen twice; attention reads the convolution too, so that an eidetic token knows the three before it
     """
     Config = Config
-    parallel = math.inf                     # nothing waits for the end of a segment
 
-    def __init__(self, c):
-        super().__init__(c)
-        self.blocks = nn.ModuleList(Layer(c, kind) for kind in (c.mix.split(",") * c.layers)[:c.layers])
+    def layer(self, l):
+        kinds = self.c.mix.split(",")
+        return Layer(self.c, kinds[l % len(kinds)])
 
     def bonus(self, tokens, t):
         """What ablations add to the innovations (B, T); it is larger than any innovation."""
@@ -210,11 +206,10 @@ class BMojo(GPT):
         return 0
 
     def init_state(self, B):
-        zeros = lambda *shape: self.head.weight.new_zeros(B, *shape, dtype=torch.float32)
-        return dict(flatten(layer.start(zeros) for layer in self.blocks), n=zeros().long())
+        return dict(super().init_state(B), n=torch.zeros(B, dtype=torch.long, device=self.head.weight.device))
 
     def read(self, state):
-        return state["n"], unflatten(state, self.c.layers)
+        return state["n"], super().read(state)
 
     def extend(self, tokens, cache):
         n, layers = cache
@@ -228,4 +223,4 @@ class BMojo(GPT):
 
     def write(self, cache, state):
         n, layers = cache
-        return own(dict(flatten(layers), n=n), state)
+        return dict(super().write(layers, state), n=n.clone())
