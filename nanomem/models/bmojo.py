@@ -1,7 +1,7 @@
-"""B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that it did not expect.
+"""B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that surprised it.
 
-    u inputs of a layer, raw tokens     y outputs of its state space, fading tokens     M eidetic tokens
-    W tokens in the attention window and in a chunk: the paper's w
+    u inputs of a layer, raw tokens     y outputs of its state space, fading tokens
+    M eidetic tokens     W tokens in the attention window and in a chunk: the paper's w
 """
 import re
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Config(mamba.Config):
     rope: bool = True            # positions, counted within two windows; the paper has none
     select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo-hi
 
-    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that a chunk sees of the one before, W or 0
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are left of the chunk before: W or 0
                     next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
     W = property(lambda c: c.past or c.seg)
     M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
@@ -52,14 +52,14 @@ def innovation(y, last):
 
 
 class Attention(gpt.Attention):
-    """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s of the text, the
-    query at position t sees in one softmax
+    """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s, the query at
+    position t sees in one softmax
 
         raw tokens u_p          t - W < p <= t
         fading tokens y_p       t - 2W < p <= t - W     (with fading=n: the n before s)
         eidetic tokens u_p      p <= t - W              of the M tokens before s with the largest eps_p
 
-    The memory holds keys, with norm but not yet rotated, and values of tokens: (B, tokens, 2, H, D).
+    The memory holds their keys, which are not yet rotated, and their values: (B, tokens, 2, H, D).
     """
 
     def __init__(self, c, kind):
@@ -78,26 +78,22 @@ class Attention(gpt.Attention):
                           outputs=zeros(SPAN, self.c.width))
         return memory
 
-    def keys_values(self, kv):
-        """(B, T, 2C) -> keys, with norm, and values (B, T, 2, H, D)."""
-        k, v = kv.unflatten(2, (2, self.heads, -1)).unbind(2)
-        return torch.stack([norm(k), v], 2)
-
     def forward(self, u, y, memory, t, bonus):
         """u and y (B, T, C) at positions t (B, T) -> out_t of algorithm 1 (B, T, C), and the memory after these tokens.
-        The tokens of an open chunk, one that is not full, stand behind those of the memory."""
-        W, C, T, memory, out = self.c.W, self.c.width, u.size(1), dict(memory), []
-        q, kv = self.qkv(u).split([C, 2 * C], 2)
-        q, new = norm(q.unflatten(2, (self.heads, -1))), dict(window=self.keys_values(kv))
-        if self.fading:                                                        # with the same weights as for u
-            new.update(fading=self.keys_values(F.linear(y, self.qkv.weight[C:])))
+        The tokens of a chunk that is not yet full stand behind those of the memory."""
+        W, T, memory, out = self.c.W, u.size(1), dict(memory), []
+        qkv = self.qkv(u).unflatten(2, (3, self.heads, -1))                    # (B, T, 3, H, D)
+        q, new = qkv[:, :, 0], dict(window=qkv[:, :, 1:])
+        if self.fading:                                                        # y has the same weights as u
+            new["fading"] = F.linear(y, self.qkv.weight[self.c.width:]).unflatten(2, (2, self.heads, -1))
         if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps + bonus, position=t)
-        open = memory["window"].size(1) - self.c.past                          # tokens of the open chunk so far
-        borders = [0, *range(W - open, T, W), T]                               # where chunks begin in this call
-        sizes = [end - begin for begin, end in zip(borders, borders[1:])]
-        for q, t, *parts in zip(*(x.split(sizes, 1) for x in (q, t, *new.values()))):
+        begun = memory["window"].size(1) - self.c.past                         # tokens of the open chunk so far
+        borders = [0, *range(W - begun, T, W), T]                              # where chunks begin in this call
+        sizes = [right - left for left, right in zip(borders, borders[1:])]
+        chunks = [x.split(sizes, 1) for x in (q, t, *new.values())]
+        for q, t, *parts in zip(*chunks):
             for name, x in zip(new, parts):
                 memory[name] = torch.cat([memory[name], x], 1)
             out.append(self.attend_chunk(q, t, memory))
@@ -106,32 +102,33 @@ class Attention(gpt.Attention):
         return self.out(torch.cat(out, 1).flatten(2)), memory
 
     def attend_chunk(self, q, t, memory):
-        """The queries q (B, T, H, D) at positions t (B, T) are those of the last tokens of the open chunk."""
-        W, M, T, window, dev = self.c.W, self.M, q.size(1), memory["window"], q.device
-        open = window.size(1) - self.c.past - T                                # tokens of the chunk before these
-        s, t = t[:, :1, None] - open, t[:, :, None]                            # (B, 1, 1), (B, T, 1)
-        offset = torch.arange(-self.c.past, open + T, device=dev)              # p - s, the position for RoPE
+        """Queries q (B, T, H, D) at positions t (B, T), of the last tokens in the memory's window -> (B, T, H, D)."""
+        W, M, T, window, device = self.c.W, self.M, q.size(1), memory["window"], q.device
+        begun = window.size(1) - self.c.past - T                               # tokens of the chunk before these
+        s, t = t[:, :1, None] - begun, t[:, :, None]                           # (B, 1, 1), (B, T, 1)
+        offset = torch.arange(-self.c.past, begun + T, device=device)          # p - s
         p = s + offset                                                         # (B, 1, .)
-        parts = [(window, offset, (p > t - W) & (p <= t) & (p >= 0))]
+        seen = [(window, offset, (p > t - W) & (p <= t) & (p >= 0))]           # keys and values, p - s, mask (B, T, .)
         if self.fading:
-            offset = torch.arange(-2 * W, 0, device=dev)
+            offset = torch.arange(-2 * W, 0, device=device)
             p = s + offset
-            seen = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
-            parts.append((memory["fading"][:, :2 * W], offset, seen & (p >= 0)))
+            mask = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
+            seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
             p, eps = memory["position"][:, None, :M], memory["innovation"][:, None, :M]              # (B, 1, M)
-            offset = torch.full((M,), -W, device=dev)                          # RoPE is not told how old they are
-            parts.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
-        kv, offset, seen = (torch.cat(x, dim) for x, dim in zip(zip(*parts), (1, 0, 2)))
-        q, k, v = (x.transpose(1, 2) for x in (q, *kv.type_as(q).unbind(2)))   # (B, H, ., D)
+            offset = torch.full((M,), -W, device=device)                       # not their own, which grows with the text
+            seen.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
+        kv, offset, mask = zip(*seen)
+        k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
+        q, k = norm(q.transpose(1, 2)), norm(k)                                # (B, H, T, D)
         if self.c.rope:
-            q = rotate(q, rope(torch.arange(open, open + T, device=dev), self.c.head_dim))
-            k = rotate(k, rope(offset, self.c.head_dim))
-        return attend(q, k, v, seen[:, None]).transpose(1, 2)                  # (B, T, H, D)
+            q = rotate(q, rope(torch.arange(begun, begun + T, device=device), self.c.head_dim))
+            k = rotate(k, rope(torch.cat(offset), self.c.head_dim))
+        return attend(q, k, v, torch.cat(mask, 2)[:, None]).transpose(1, 2)
 
     def close_chunk(self, memory):
-        """A chunk is full. The window and the fading tokens move on by W, and the eidetic tokens become M_t of algorithm
-        1: the M largest innovations of those kept so far and those of the chunk."""
+        """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
+        the M largest innovations of those kept so far and those of the chunk."""
         W, window, memory = self.c.W, memory["window"], dict(memory)
         memory["window"] = window[:, W:]
         if self.fading:
@@ -145,7 +142,7 @@ class Attention(gpt.Attention):
 
 
 class Layer(nn.Module):
-    """A layer of one kind, with as many parameters as GPT's: bmojo, window (no state space) or ssm (no attention)."""
+    """A layer of kind bmojo, window (no state space) or ssm (no attention). The size is that of GPT's layer."""
 
     def __init__(self, c, kind):
         super().__init__()
@@ -197,13 +194,13 @@ class BMojo(Mamba):
         return Layer(self.c, kinds[l % len(kinds)])
 
     def bonus(self, tokens, t):
-        """What ablations add to the innovations (B, T); it is larger than any innovation."""
+        """What is added to the innovations (B, T): for an ablation, more than any innovation is."""
+        if self.c.select == "innovation":
+            return 0
         if self.c.select == "random":                                          # a hash of the position
             return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
-        if self.c.select != "innovation":
-            low, high = map(int, self.c.select.split("-"))
-            return 1e6 * ((tokens >= low) & (tokens < high))
-        return 0
+        low, high = map(int, self.c.select.split("-"))
+        return 1e6 * ((tokens >= low) & (tokens < high))
 
     def init_state(self, B):
         return dict(super().init_state(B), n=torch.zeros(B, dtype=torch.long, device=self.head.weight.device))
