@@ -13,8 +13,7 @@ import torch
 from tqdm import tqdm
 
 import nanomem
-import train
-from nanomem import cli, data, stream
+from nanomem import cli, data, stream, tasks
 from nanomem.cli import UserError
 
 
@@ -59,10 +58,10 @@ def main(argv):
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     model, checkpoint = nanomem.load(words[0])
-    if data.is_stream(checkpoint["run"]["data"]):
-        raise UserError(f"{words[0]} was trained on the stream {checkpoint['run']['data']}, which is no text")
+    if tasks.is_task(checkpoint["run"]["data"]):
+        raise UserError(f"{words[0]} was trained on the task {checkpoint['run']['data']}, which is no text")
     enc = data.tokenizer(checkpoint["run"]["tokenizer"])
-    device = train.machine(train.Run(device=s.device))[0]
+    device = stream.machine(s.device)[0]
     reader = stream.Reader(model.to(device).eval())
     try:
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Train any model, on books or on a synthetic stream.
+"""Train any model, on books or on a synthetic task.
 
     python train.py --model=rmt                       on the embedded book: a few minutes on a laptop
-    python train.py --model=xl --data=data/pg19       on shards made by python -m nanomem.data
-    python train.py --model=rmt --data=recall         on a stream where the answer lies segments back
+    python train.py --model=xl --data=data/pg19       on shards made by python -m nanomem.pg19 or nanomem.data
+    python train.py --model=rmt --data=recall         on a task whose answers lie segments back
     python train.py --model=rmt --resume              go on where out/rmt stopped, to the bit
     torchrun --nproc_per_node=2 train.py --model=rmt  the same run on several devices
 """
@@ -22,123 +22,102 @@ from torch import nn
 from tqdm import tqdm
 
 import nanomem
-from nanomem import cli, data, stream
+from nanomem import checkpoint, cli, data, stream, tasks
 from nanomem.cli import UserError
 from nanomem.models import gpt
 
 
 @dataclass
 class Run:
-    model: str = "rmt"            # which memory: gpt, window, xl, full, rmt, hmt, memformer, mplus, bmojo, ... (README)
-    data: str = ""               # folder of shards, or a stream (recall, mqar, needle:distance=9); without it Moby-Dick
+    model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, memoryllm, mplus, mamba, bmojo, gca, ...
+    data: str = ""               # folder of shards, or a task (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/MODEL)
     resume: bool = False         # go on from last.pt of that folder
-    overwrite: bool = False      # begin anew in a folder that holds a run
+    overwrite: bool = False      # start anew in a folder that holds a run
     steps: int = 600             # optimizer steps
-    batch: int = 8               # B, rows: books read side by side, on all devices together
-    segments: int = 4            # K, segments in a window: how far back-propagation reaches
-    interleave: int = 1          # books that a row reads in turns
-    turn: int = 1                # segments that a turn lasts
+    batch: int = 8               # B, books side by side, on all devices together
+    segments: int = 4            # K, segments in a BPTT window: how far back-propagation reaches
+    interleave: int = 1          # books that a batch element alternates between
+    interleave_len: int = 1      # segments from one book before the next has its turn
     replay: bool = False         # memory replay: the same gradients with one segment's activations, a third more time
-    accum: int = 1               # parts that the rows of a step are split into, one after the other
+    accum: int = 1               # parts that a batch is split into, one after the other
     lr: float = 4e-3             # peak learning rate of AdamW
     warmup: float = 0.02         # part of the steps in which it rises from 0
     cooldown: float = 0.65       # part of the steps in which it falls to 0, at the end
     decay: float = 0.1           # weight decay, of the matrices only
     clip: float = 1.0            # largest norm of the gradient
-    report: int = 20             # steps between two lines of the log
-    validate: int = 200          # steps between two validations, each followed by a checkpoint
-    windows: int = 16            # windows that a validation reads
+    log_interval: int = 20       # steps between two lines of the log
+    eval_interval: int = 200     # steps between two evaluations, each followed by a checkpoint
+    eval_batches: int = 16       # batches in an evaluation
     seed: int = 1                # of the weights and of the order of the books
     device: str = ""             # cpu, cuda, mps (without it the best there is)
     dtype: str = ""              # float32, bfloat16 (without it bfloat16 on CUDA)
     compile: bool = None         # one graph for each segment (without it on CUDA only)
 
 
-def flags(argv):
+def parse(argv):
     """The command line as a Run's fields and the model's own fields, only what was typed."""
-    model = cli.peek(argv, "model", Run.model)
-    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(model).Config)
+    name = cli.peek(argv, "model", Run.model)
+    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name).Config)
     if words:
         raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
     return run, fields
 
 
 def check(run, world):
-    for name in ("steps", "batch", "segments", "interleave", "turn", "accum", "report", "validate", "windows"):
+    for name in ("steps", "batch", "segments", "interleave", "interleave_len", "accum", "log_interval", "eval_interval",
+                 "eval_batches"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
     if run.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype is float32 or bfloat16, got {run.dtype}")
     if run.batch % (world * run.accum):
-        raise UserError(f"--batch={run.batch} rows do not split over {world} devices x {run.accum} parts")
+        raise UserError(f"--batch={run.batch} does not split over {world} devices x {run.accum} parts")
 
 
-def machine(run):
-    """Device, dtype and compile, chosen where the user did not."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = run.device or best
-    try:
-        device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"there is no device {name} here: leave --device out to take the best there is") from None
-    cuda = device.type == "cuda"
-    dtype = run.dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
-    return device, getattr(torch, dtype), cuda if run.compile is None else run.compile
-
-
-def windows_of(run, seg):
-    """A loader for training, a function that opens one for validation, and the size of the vocabulary."""
-    T, turns = run.segments * seg, dict(interleave=run.interleave, turn=run.turn * seg)
-    if data.is_stream(run.data):
-        return (data.Synthetic(run.data, run.batch, T, seed=run.seed),
-                lambda: data.Synthetic(run.data, run.batch, T, seed=(run.seed, 1)), data.symbols(run.data))
+def loaders(run, seg):
+    """A loader for training, a function that opens one for evaluation, and the size of the vocabulary."""
+    T, interleave = run.segments * seg, dict(interleave=run.interleave, interleave_len=run.interleave_len * seg)
+    if tasks.is_task(run.data):
+        return (tasks.TaskLoader(run.data, run.batch, T, seed=run.seed),
+                lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1)), tasks.vocab_of(run.data))
     books, held_out = (data.open_books(run.data, split, run.tokenizer) for split in ("train", "validation"))
     run.tokenizer = books.enc.name
-    marks = run.batch * run.interleave
-    piece = None if len(held_out) >= marks else -(-sum(map(len, held_out.tokens)) // marks)
-    return (data.Bookmarks(books, run.batch, T, run.seed, **turns),
-            lambda: data.Bookmarks(held_out, run.batch, T, once=True, piece=piece, **turns), books.enc.n_vocab)
+    cursors = run.batch * run.interleave
+    piece = None if len(held_out) >= cursors else -(-sum(map(len, held_out.tokens)) // cursors)
+    return (data.Loader(books, run.batch, T, run.seed, **interleave),
+            lambda: data.Loader(held_out, run.batch, T, once=True, piece=piece, **interleave), books.enc.n_vocab)
 
 
 def optimizer_of(model, run):
-    """AdamW; only the matrices of linear layers shrink, no embedding and no memory does."""
+    """AdamW. Only the matrices of linear layers decay, no embedding and no memory does."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == shrink],
-                   weight_decay=shrink * run.decay) for shrink in (True, False)]
+    groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == decays],
+                   weight_decay=decays * run.decay) for decays in (True, False)]
     return torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
 
 
-def rate(run, step):
-    """The learning rate of a step: a short rise, a plateau, a straight line down to zero."""
+def learning_rate(run, step):
+    """A short rise, a plateau, a straight line down to zero."""
     up, down = run.warmup * run.steps, run.cooldown * run.steps
     return run.lr * min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
 
 
-def validate(model, loader, windows, dtype):
-    """On the first windows of the held-out text: mean loss in nats a token, the share of right guesses, and of a model
-    that searches in a stream of questions, how often it finds the place of the answer (else None)."""
-    nll, hits, finds, n = 0.0, 0, None, 0
+def validate(model, loader, batches, dtype):
+    """On the first batches of the held-out text: the mean loss in nats a token, and the part of correct guesses."""
+    nll, hits, n = 0.0, 0, 0
     model.eval()
-    with stream.overheard(model) as heard:
-        for batch, loss, hit in stream.evaluate(model, loader, windows, dtype):
-            asked = batch.y >= 0
-            nll, hits, n = nll + loss.sum().item(), hits + hit.sum().item(), n + asked.sum().item()
-            if heard and isinstance(loader, data.Synthetic):
-                finds = (finds or 0) + (stream.met(model, batch, heard) & asked).sum().item()
-            heard.clear()
+    for batch, loss, correct in stream.evaluate(model, loader, batches, dtype):
+        asked = batch.y >= 0
+        nll, hits, n = nll + loss.sum().item(), hits + (correct & asked).sum().item(), n + asked.sum().item()
     model.train()
-    return nll / n, hits / n, None if finds is None else finds / n
+    return nll / n, hits / n
 
 
 @contextlib.contextmanager
-def ctrl_c():
-    """A list that the first Ctrl-C fills, so that the step can end and be saved; the second one does not wait."""
+def catch_ctrl_c():
+    """A list that the first Ctrl-C fills, so that the step can end and be saved. The second one does not wait."""
     stop = []
     before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(1))
     try:
@@ -147,24 +126,24 @@ def ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-def resumed(last, typed, fields):
+def load_run(last, typed, fields):
     """The checkpoint to go on from, after making sure that what was typed does not contradict it."""
-    saved = stream.load(last, "checkpoint")
+    saved = checkpoint.load(last, "checkpoint")
     was = {**saved["run"], **saved["config"], "model": saved["name"]}
-    fixed = {k: typed.get(k, was[k]) for k in ("data", "tokenizer", "batch", "segments", "interleave", "turn", "seed")}
-    for k, v in {**fixed, **fields, "model": typed.get("model", Run.model)}.items():
+    fixed = ("data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed")
+    for k, v in {**{k: typed.get(k, was[k]) for k in fixed}, **fields, "model": typed.get("model", Run.model)}.items():
         if v != was[k]:
             raise UserError(f"{last} was made with --{k}={was[k]}, not {v}: leave the flag out, or change --out")
     return saved
 
 
 def main(argv):
-    typed, fields = flags(argv)
+    typed, fields = parse(argv)
     run, saved = Run(**typed), None
     out = Path(run.out or f"out/{run.model}")
     last, top = out / "last.pt", out / "best.pt"
     if run.resume:
-        saved = resumed(last, typed, fields)
+        saved = load_run(last, typed, fields)
         run, fields = Run(**{**saved["run"], **typed}), saved["config"]
         if saved["step"] >= run.steps:
             raise UserError(f"{last} has done all of its {run.steps} steps: --steps=N with a larger N goes on")
@@ -172,19 +151,19 @@ def main(argv):
         raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(run, world)
-    device, dtype, compile = machine(run)
+    device, dtype, compile = stream.machine(run.device, run.dtype, run.compile)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the data, the model, the optimizer, and where they stopped
     torch.manual_seed(run.seed)
-    loader, held_out, vocab = windows_of(run, fields.get("seg", gpt.Config.seg))
-    fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number of rows is faster; the last ones are no tokens
+    loader, held_out, vocab = loaders(run, fields.get("seg", gpt.Config.seg))
+    fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number is faster; the last entries are no tokens
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
     model = nanomem.build(run.model, **fields).to(device)
     optimizer = optimizer_of(model, run)
-    B = run.batch // world                             # rows of this process
+    B = run.batch // world                             # batch elements of this process
     state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:
         model.load_state_dict(saved["weights"])
@@ -193,59 +172,60 @@ def main(argv):
         torch.set_rng_state(saved["rng"])
         state = {k: v[rank * B:(rank + 1) * B].to(device) for k, v in saved["state"].items()}
         start, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    forward = stream.step_of(model, dtype, compile)
-    walk = stream.replay if run.replay else stream.bptt
+    forward = stream.make_step(model, dtype, compile)
+    backward = stream.replay if run.replay else stream.bptt
 
     def save(step, *paths):
-        """Everything that the next step depends on; the rows of the state come together from all processes."""
+        """All that the next step depends on. The state's batch elements come together from all processes."""
         whole = dict(state)
         for k, v in state.items() if world > 1 else ():
             parts = [torch.empty_like(v) for _ in range(world)]
             dist.all_gather(parts, v.contiguous())
             whole[k] = torch.cat(parts)
         for path in paths if rank == 0 else ():
-            stream.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step, best=best,
-                        seconds=seconds, weights=model.state_dict(), optimizer=optimizer.state_dict(),
-                        loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
+            checkpoint.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step,
+                            best=best, seconds=seconds, weights=model.state_dict(), optimizer=optimizer.state_dict(),
+                            loader=loader.state_dict(), state=whole, rng=torch.get_rng_state())
 
-    tokens = run.batch * run.segments * model.c.seg     # a step reads
+    tokens = run.batch * run.segments * model.c.seg    # in a step
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not saved:
             last.unlink(missing_ok=True), top.unlink(missing_ok=True)
-            (out / "log.csv").write_text("step,loss,validation,accuracy,lr,gradient,tokens_per_s,minutes,found\n")
+            (out / "log.csv").write_text("step,loss,val_loss,val_accuracy,lr,grad_norm,tokens_per_s,minutes\n")
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{run.model} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
-              f"{stream.nbytes(state) / 1024:.0f} KB of state a row; {run.steps} steps of {tokens:,} tokens; "
+              f"{stream.nbytes(state) / 1024:.0f} KB of state a book; {run.steps} steps of {tokens:,} tokens; "
               f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
 
     bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.model, disable=rank > 0)
     losses, clock = [], time.perf_counter()
-    with ctrl_c() as stop:
+    with catch_ctrl_c() as stop:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = rate(run, step)
-            batch = stream.scored(loader.next().rows(rank * B, (rank + 1) * B).to(device), model)
+                group["lr"] = learning_rate(run, step)
+            batch = stream.scored(loader.next().elements(rank * B, (rank + 1) * B).to(device), model)
             targets, loss, ends = (batch.y >= 0).sum(), 0, []
             if world > 1:
-                dist.all_reduce(targets)           # a token weighs the same whichever process has it
-            targets.clamp_(min=1)                  # a window of a stream may ask nothing
+                dist.all_reduce(targets)               # a token weighs the same whichever process has it
+            targets.clamp_(min=1)                      # a batch of a task may ask nothing
             for i in range(0, B, B // run.accum):
-                rows = slice(i, i + B // run.accum)
-                begin = stream.enter(model, {k: v[rows] for k, v in state.items()}, batch.fresh[rows])
-                total, end = walk(model, forward, batch.x[rows], batch.y[rows], begin, 1 / targets)
+                part = slice(i, i + B // run.accum)
+                begin = stream.reset(model, {k: v[part] for k, v in state.items()}, batch.fresh[part])
+                total, end = backward(model, forward, batch.x[part], batch.y[part], begin, 1 / targets,
+                                      share=1 / (world * run.accum))
                 loss = loss + total / targets
                 ends.append(end)
             state = {k: torch.cat([end[k] for end in ends]) for k in state}
             sums = torch.stack([loss, loss.new_tensor(float(len(stop)))])
-            if world > 1:                          # by hand: a wrapper expects one backward a step, replay makes K
+            if world > 1:                              # by hand: DDP expects one backward a step, replay makes K
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
                 dist.all_reduce(sums)
             loss, stopped = sums.tolist()
-            gradient = nn.utils.clip_grad_norm_(model.parameters(), run.clip).item()
-            for name, v in dict(loss=loss, gradient=gradient).items():
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip).item()
+            for name, v in dict(loss=loss, gradient=grad_norm).items():
                 if not math.isfinite(v):
                     raise UserError(f"the {name} is {v} at step {step}: try a lower --lr"
                                     + (f"; {last} is the last good checkpoint" if last.exists() else ""))
@@ -253,35 +233,34 @@ def main(argv):
             optimizer.zero_grad()
             losses.append(loss)
 
-            # report, validate, save
+            # log, evaluate, save
             done = step + 1
-            validates, ends_here = done % run.validate == 0 or done == run.steps, done == run.steps or bool(stopped)
-            if not (validates or ends_here or done % run.report == 0):
+            evaluates, ends_here = done % run.eval_interval == 0 or done == run.steps, done == run.steps or bool(stopped)
+            if not (evaluates or ends_here or done % run.log_interval == 0):
                 continue
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent
-            mean, losses, valid, right, found = sum(losses) / len(losses), [], None, None, None
+            mean, losses, val_loss, accuracy = sum(losses) / len(losses), [], None, None
             if rank == 0:
-                if validates:
-                    valid, right, found = validate(model, held_out(), run.windows, dtype)
-                held = f"valid {valid:6.3f} {right:6.1%}" if validates else " " * 19
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {held}"
-                          f"  lr {rate(run, step):.1e}  grad {gradient:6.2f}  {speed / 1e3:7.1f}k tok/s"
-                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left"
-                          + ("" if found is None else f"  found {found:.1%}"))
+                if evaluates:
+                    val_loss, accuracy = validate(model, held_out(), run.eval_batches, dtype)
+                val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {learning_rate(run, step):.1e}  "
+                          f"grad {grad_norm:6.2f}  {speed / 1e3:7.1f}k tok/s"
+                          f"  {(run.steps - done) * tokens / speed / 60:6.1f} min left")
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, valid, right, rate(run, step), gradient, speed, seconds / 60,
-                                            found])
-            if validates or ends_here:
-                better = validates and rank == 0 and valid < best
-                best = valid if better else best
+                    csv.writer(f).writerow([done, mean, val_loss, accuracy, learning_rate(run, step), grad_norm, speed,
+                                            seconds / 60])
+            if evaluates or ends_here:
+                better = evaluates and rank == 0 and val_loss < best
+                best = val_loss if better else best
                 save(done, last, *([top] if better else []))
             if stopped:
                 break
             clock = time.perf_counter()
     bar.close()
     if world > 1:
-        dist.barrier()                 # a process that exits while its last message is being dropped may abort
+        dist.barrier()                 # a process that exits while its last message is on its way may abort
         dist.destroy_process_group()
     finished = done == run.steps
     if rank == 0:

@@ -1,38 +1,37 @@
 """nanomem: one tiny GPT, many memories. MODELS is the index, in reading order."""
 import dataclasses
 import importlib
-
 from pathlib import Path
 
+from . import checkpoint
 from .cli import UserError, nearest
 
-# name: (the file in nanomem/ where the model is, the settings that make it this preset)
+# name: (file in nanomem/models/, its class, the settings that make it this preset)
 MODELS = {
-    "gpt": ("gpt", {}),
-    "window": ("xl", dict(slide=True)),
-    "xl": ("xl", {}),
-    "full": ("xl", dict(slide=True, window=-8)),
-    "rmt": ("rmt", {}),
-    "hmt": ("hmt", {}),
-    "hmt_split": ("hmt", dict(query="split")),
-    "memformer": ("memformer", {}),
-    "memoryllm": ("mplus", dict(store=0)),
-    "mplus": ("mplus", {}),
-    "mamba": ("mamba", {}),
-    "hybrid": ("bmojo", dict(mix="window,ssm")),
-    "bmojo_f": ("bmojo", dict(eidetic=0)),
-    "bmojo": ("bmojo", {}),
-    "gca": ("gca", {}),
+    "gpt": ("gpt", "GPT", {}),
+    "window": ("xl", "XL", dict(slide=True)),
+    "xl": ("xl", "XL", {}),
+    "full": ("xl", "XL", dict(slide=True, window=-8)),
+    "rmt": ("rmt", "RMT", {}),
+    "hmt": ("hmt", "HMT", {}),
+    "hmt_split": ("hmt", "HMT", dict(query="split")),
+    "memformer": ("memformer", "Memformer", {}),
+    "memoryllm": ("memoryllm", "MemoryLLM", {}),
+    "mplus": ("mplus", "MPlus", {}),
+    "mamba": ("mamba", "Mamba", {}),
+    "hybrid": ("bmojo", "BMojo", dict(mix="window,ssm")),
+    "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
+    "bmojo": ("bmojo", "BMojo", {}),
+    "gca": ("gca", "GCA", {}),
 }
 
 
 def model_class(name):
-    """The model's class by the name of a model or preset: the one class in its file that has a Config of that file."""
+    """The class of a model or preset. Raises UserError if there is none of that name."""
     if name not in MODELS:
         raise UserError(f"no model is called {name}: {nearest(name, list(MODELS))}")
-    module = importlib.import_module(".models." + MODELS[name][0], __name__)
-    return next(v for v in vars(module).values()
-                if isinstance(v, type) and v.__module__ == module.__name__ and hasattr(v, "init_state"))
+    file, cls, _ = MODELS[name]
+    return getattr(importlib.import_module(f".models.{file}", __name__), cls)
 
 
 def build(name, **fields):
@@ -43,19 +42,18 @@ def build(name, **fields):
         if field not in known:
             raise UserError(f"{name} has no field {field}: {nearest(field, known)}")
     try:
-        return Model(Model.Config(**{**MODELS[name][1], **fields}))
-    except AssertionError as refusal:   # the doors of Config say what is wrong, with the numbers
+        return Model(Model.Config(**{**MODELS[name][2], **fields}))
+    except AssertionError as refusal:   # the checks of Config say what is wrong, with the numbers
         raise UserError(f"{name}: {refusal}") from None
 
 
 def load(path, **fields):
     """The model in a checkpoint of train.py, and the checkpoint: a file, or a folder that holds best.pt or last.pt.
-    Fields that shape no weight may be other ones than in training: load("out/gca", seg=4096, bank=65536)."""
-    from . import stream
+    Fields that shape no weight may differ from those in training: load("out/gca", seg=4096, bank=65536)."""
     path = Path(path)
     if path.is_dir():
         path = next((path / f for f in ("best.pt", "last.pt") if (path / f).exists()), path / "last.pt")
-    checkpoint = stream.load(path, "checkpoint")
-    model = build(checkpoint["name"], **{**checkpoint["config"], **fields})
-    model.load_state_dict(checkpoint["weights"])
-    return model, checkpoint
+    saved = checkpoint.load(path, "checkpoint")
+    model = build(saved["name"], **{**saved["config"], **fields})
+    model.load_state_dict(saved["weights"])
+    return model, saved

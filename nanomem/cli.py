@@ -1,4 +1,4 @@
-"""Dataclass -> command line: a field's name is its flag, its default its type, its comment its help."""
+"""Command lines from dataclasses: a field is a flag, its default is typed, and the comment behind it is the help."""
 import dataclasses
 import difflib
 import inspect
@@ -7,24 +7,17 @@ import sys
 
 
 class UserError(Exception):
-    """Something that the user can put right: what is wrong, where, and what to do, in one sentence."""
+    """A mistake that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
 
 
 def nearest(word, words):
-    """A hint that ends a refusal: the nearest of the right words, or all of them."""
+    """The end of an error message: the word that was probably meant, or all words that are right."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}"
 
 
-def comments(cls):
-    """{field: the comment behind it}, read from the source of the class and its parents."""
-    found = {}
-    for c in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
-        found.update(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(c), re.M))
-    return found
-
-
 def value(flag, text, kind):
+    """The text behind a flag as a value of type `kind`: bool, int, float or str."""
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UserError(f"--{flag} is a switch: write --{flag} or --no-{flag}, not --{flag}={text}")
@@ -36,47 +29,51 @@ def value(flag, text, kind):
 
 
 def parse(argv, *classes):
-    """What argv sets of the fields of some dataclasses: one dict a class, and the words that are no flags.
-
-    Flags: --field=value, --field value, and for booleans --field or --no-field. Raises UserError for an unknown flag,
-    a missing or a bad value; prints the help and exits for -h.
+    """Read the flags in argv, which are fields of these dataclasses: --field=value, --field value, and for booleans
+    --field or --no-field. Returns a list with a dict {field: value} for each class, which holds only what was typed,
+    and the list of words that are no flags. Raises UserError for an unknown flag and for a missing or bad value. With
+    -h or --help, prints the help and exits.
     """
     kinds = {f.name: f.type for c in classes for f in dataclasses.fields(c)}
     if "-h" in argv or "--help" in argv:
         usage(*classes)
         sys.exit(0)
-    found, words, rest = {}, [], list(argv)
+    typed, words, rest = {}, [], list(argv)
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):
             words.append(arg)
             continue
-        flag, given, text = arg[2:].partition("=")
+        flag, equals, text = arg[2:].partition("=")
         name = flag.replace("-", "_")
-        if kinds.get(name.removeprefix("no_")) is bool and not given:
-            found[name.removeprefix("no_")] = not name.startswith("no_")
+        switch = name.removeprefix("no_")
+        if kinds.get(switch) is bool and not equals:
+            typed[switch] = name == switch       # False for --no-field
             continue
         if name not in kinds:
             raise UserError(f"unknown flag --{flag}: {nearest(name, list(kinds))}")
-        if not given:
+        if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{flag} needs a value: --{flag}=...")
             text = rest.pop(0)
-        found[name] = value(flag, text, kinds[name])
-    return [{f.name: found[f.name] for f in dataclasses.fields(c) if f.name in found} for c in classes], words
+        typed[name] = value(flag, text, kinds[name])
+    return [{f.name: typed[f.name] for f in dataclasses.fields(c) if f.name in typed} for c in classes], words
 
 
 def peek(argv, name, default):
-    """The value of one flag, which decides what the others can be."""
-    for word, after in zip(reversed(argv), ["", *reversed(argv)]):
-        flag, given, text = word.partition("=")
+    """The value of one flag before the others can be parsed: --model decides which other flags there are. As in
+    `parse`, the last one counts."""
+    found = default
+    for i, arg in enumerate(argv):
+        flag, equals, text = arg.partition("=")
         if flag == f"--{name}":
-            return text if given else after
-    return default
+            following = argv[i + 1] if i + 1 < len(argv) else ""
+            found = text if equals else following
+    return found
 
 
 def variant(text):
-    """A name with settings behind it, "hmt:slots=1:search=uniform" -> ("hmt", {"slots": "1", "search": "uniform"})."""
+    """A name with settings: "hmt:slots=1:search=uniform" -> ("hmt", {"slots": "1", "search": "uniform"})."""
     name, *settings = text.split(":")
     for s in settings:
         if "=" not in s:
@@ -84,20 +81,30 @@ def variant(text):
     return name, dict(s.split("=", 1) for s in settings)
 
 
+def comments(cls):
+    """{field: the comment behind it}, from the source code of the dataclass and of its parents, which come first."""
+    found = {}
+    for c in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(c):
+            found.update(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(c), re.M))
+    return found
+
+
 def usage(*classes):
-    """Print the docstring of the script that runs and every field with its default and comment."""
+    """Print the docstring of the script that runs, and every flag with its default and its help."""
     print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
-    seen = set()
+    shown = set()
     for c in classes:
-        print(f"\n{c.__module__.removeprefix('nanomem.') if c.__module__ != '__main__' else 'flags'}:")
+        print(f"\n{'flags' if c.__module__ == '__main__' else c.__module__.split('.')[-1]}:")
+        help_of = comments(c)
         for f in dataclasses.fields(c):
-            if f.name not in seen:
-                print(f"  --{f.name + '=' + str(f.default):28s} {comments(c).get(f.name, '')}")
-        seen |= {f.name for f in dataclasses.fields(c)}
+            if f.name not in shown:
+                print(f"  --{f.name + '=' + str(f.default):28s} {help_of.get(f.name, '')}")
+                shown.add(f.name)
 
 
 def run(main):
-    """Run a script's main(argv): a UserError becomes one line and exit code 2."""
+    """Run main(argv) of a script. A UserError becomes one line and exit code 2."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
@@ -106,5 +113,5 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:   # somebody read enough of our output: | head
+    except BrokenPipeError:   # the program behind a pipe has read enough, as in: | head
         sys.stderr.close()

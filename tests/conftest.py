@@ -1,3 +1,4 @@
+"""What the tests share: a tiny model whose every path carries something, texts, the loop over segments, comparisons."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # many threads on a busy machine are far slower than one
@@ -9,10 +10,11 @@ import nanomem
 
 torch.set_num_threads(1)
 TINY = dict(vocab=64, layers=2, heads=2, width=32, seg=32)
+S, V = TINY["seg"], TINY["vocab"]
 
 
 def tiny(name, seed=0, **fields):
-    """A small model whose every parameter is off its start, zeros included, so that every path carries something."""
+    """A small model whose parameters are all moved off their start, zeros included."""
     torch.manual_seed(seed)
     model = nanomem.build(name, **{**TINY, **fields})
     with torch.no_grad():
@@ -30,3 +32,46 @@ def name(request):
 @pytest.fixture
 def model(name):
     return tiny(name)
+
+
+def text(B=2, K=3, seed=0):
+    """Random tokens (B, K*S)."""
+    return torch.randint(V, (B, K * S), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, tokens, state=None):
+    """The loop over segments: logits of all of them (B, K*S, V), and the last state."""
+    state, logits = state or model.init_state(len(tokens)), []
+    for x in tokens.split(model.c.seg, 1):
+        y, state = model(x, state)
+        logits.append(y)
+    return torch.cat(logits, 1), state
+
+
+def change(tokens, t):
+    """The same tokens, but another one at position t."""
+    other = tokens.clone()
+    other[:, t] = (other[:, t] + 1) % V
+    return other
+
+
+def keep_embeddings(model, kept):
+    """Append the embeddings of every segment to `kept`; after a backward each has its gradient."""
+    def hook(module, args, y):
+        if y.size(1) == S:             # not those of tokens that are shown again
+            y.retain_grad()
+            kept.append(y)
+    model.embedding.register_forward_hook(hook)
+
+
+def close(a, b, tolerance=1e-4):
+    """Whether two tensors or states agree, relative to their size."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and (a.numel() == 0 or bool((a - b).abs().max() <= tolerance * (1 + b.abs().max())))
+
+
+def size(name, **fields):
+    """Number of parameters."""
+    return sum(p.numel() for p in nanomem.build(name, **fields).parameters())

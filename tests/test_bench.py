@@ -46,17 +46,17 @@ def test_the_whole_bench_runs_and_runs_again_without_training(tmp_path, shards, 
 def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeypatch):
     argv = [*SMALL, "--steps=3", "--models=rmt", "--tasks=depth", f"--data={shards}"]
     bench.main([*argv, f"--out={tmp_path / 'whole'}"])
-    real, read = data.Bookmarks.next, []
+    real, read = data.Loader.next, []
 
     def next_(self):
         read.append(1)
         if len(read) == 2:
             signal.raise_signal(signal.SIGINT)
         return real(self)
-    monkeypatch.setattr(data.Bookmarks, "next", next_)
+    monkeypatch.setattr(data.Loader, "next", next_)
     with pytest.raises(KeyboardInterrupt):
         bench.main([*argv, f"--out={tmp_path / 'parts'}"])
-    assert stream.load(tmp_path / "parts" / "depth-rmt-1" / "last.pt", "checkpoint")["step"] == 2
+    assert checkpoint.load(tmp_path / "parts" / "depth-rmt-1" / "last.pt", "checkpoint")["step"] == 2
     bench.main([*argv, f"--out={tmp_path / 'parts'}"])
     one, two = (nanomem.load(tmp_path / d / "depth-rmt-1")[0].state_dict() for d in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -352,8 +352,8 @@ def test_settings_make_a_model_of_their_own(tmp_path, shards):
 def test_every_number_of_pairs_fits_into_its_texts(pairs):
     t = bench.trial_of(bench.Bench(pairs=pairs), "recall")
     for name, segments in ((t.data or "recall", t.segments), (t.test, t.lengths[0])):
-        batch = data.Synthetic(name, 2, 8 * pairs * segments).next()
-        assert (batch.y >= 0).any(1).all() and batch.at.max() < t.edges[-1]
+        batch = tasks.TaskLoader(name, 2, 8 * pairs * segments).next()
+        assert (batch.y >= 0).any(1).all() and batch.distance.max() < t.edges[-1]
 
 
 def test_memory_is_worth_nothing_where_there_is_none(shards):
@@ -384,14 +384,14 @@ def test_the_ages_of_eidetic_tokens():
 def test_an_oracle_finds_what_was_told_and_chance_does_not():
     """M+ that is asked to bring the K vectors of one write brings those of the write in which the fact stood."""
     model = tiny("mplus", seg=4, rows=2, slots=4, store=64, found=2, ask="self", query=1).eval()
-    batch = data.Synthetic("retain", 3, 64, seed=1).next()
+    batch = tasks.TaskLoader("retain", 3, 64, seed=1).next()
     told, right = {}, dict(oracle=0, random=0)
     for way in right:
         bench.as_oracle(model, batch) if way == "oracle" else bench.at_random(model)
         state = model.init_state(3)
         begin, told[way] = state["step"], 0
         for i, x in enumerate(batch.x.split(4, 1)):
-            then = (4 * i - batch.at[:, 4 * i]) // 4
+            then = (4 * i - batch.distance[:, 4 * i]) // 4
             best = model.score(0, None, state).masked_fill(state["old_birth"][:, 0] < 0, -1).topk(2)[1]
             writes = state["old_birth"][:, 0].gather(1, best) // 2 - begin[:, None]
             there = ((state["old_birth"][:, 0] // 2 - begin[:, None]) == then[:, None]).sum(1) == 2

@@ -7,14 +7,13 @@ import torch
 
 import nanomem
 import train
-from nanomem import data, stream
+from nanomem import stream, tasks
 from nanomem.cli import UserError
 from nanomem.models import bmojo
 from nanomem.models.bmojo import Config, innovation
 from nanomem.models.gpt import norm, rotate
 
-from conftest import tiny
-from test_laws import S, close, text, walk
+from conftest import S, close, run, text, tiny
 
 PRESETS = ("hybrid", "bmojo_f", "bmojo")
 
@@ -83,7 +82,7 @@ def attention(kind="bmojo", **fields):
     return bmojo.Attention(Config(vocab=64, layers=1, heads=2, width=16, **fields), kind).double()
 
 
-def run(layer, u, y, cut=None):
+def run_layer(layer, u, y, cut=None):
     """The layer on a text, at once or in calls of `cut` tokens."""
     memory, outs, n = layer.start(lambda *shape: torch.zeros(len(u), *shape).double()), [], 0
     for a, b in zip(u.split(cut or u.size(1), 1), y.split(cut or u.size(1), 1)):
@@ -105,7 +104,7 @@ def innovations(y):
 def test_the_chunks_are_the_definition(fields, cut):
     layer = attention(seg=48, window=8, **fields)
     u, y = torch.randn(2, 1, 48, 16, dtype=torch.double).unbind(0)
-    assert torch.allclose(run(layer, u, y, cut), definition(layer, u, y, innovations(y)[0]), atol=1e-10)
+    assert torch.allclose(run_layer(layer, u, y, cut), definition(layer, u, y, innovations(y)[0]), atol=1e-10)
 
 
 def dense(layer, u, visible):
@@ -122,12 +121,12 @@ def test_full_attention_comes_out_two_ways_and_a_sliding_window_too():
     i, j = torch.arange(48)[:, None], torch.arange(48)
     causal = lambda layer: dense(layer, u, None)
     wide = attention("window", seg=48, window=48)
-    assert torch.allclose(run(wide, u, y), causal(wide), atol=1e-10)
+    assert torch.allclose(run_layer(wide, u, y), causal(wide), atol=1e-10)
     for w in (1, 4, 16):       # a narrow window, but a buffer that nothing leaves
         keeps = attention(seg=48, window=w, eidetic=48, fading=0, rope=False)
-        assert torch.allclose(run(keeps, u, y), causal(keeps), atol=1e-10)
+        assert torch.allclose(run_layer(keeps, u, y), causal(keeps), atol=1e-10)
         slides = attention("window", seg=48, window=w)
-        assert torch.allclose(run(slides, u, y), dense(slides, u, (j <= i) & (j > i - w)), atol=1e-10)
+        assert torch.allclose(run_layer(slides, u, y), dense(slides, u, (j <= i) & (j > i - w)), atol=1e-10)
 
 
 @torch.no_grad()
@@ -135,7 +134,7 @@ def test_window_layers_are_the_sliding_window_model():
     model = tiny("bmojo", mix="window", window=8, conv=False)
     window = tiny("window", window=7)                      # there W does not count the token itself
     window.load_state_dict(model.state_dict())
-    assert close(walk(model, text(K=4))[0], walk(window, text(K=4))[0])
+    assert close(run(model, text(K=4))[0], run(window, text(K=4))[0])
 
 
 @torch.no_grad()
@@ -145,7 +144,7 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
     w, F, M, T = 8, 3, 5, 48
     K, layer = w + F + M, attention(seg=T, window=w, fading=F, eidetic=M, rope=False)
     u, y = torch.randn(2, 1, T, 16, dtype=torch.double).unbind(0)
-    out, eps, line = run(layer, u, y), innovations(y)[0], []              # (kind, token) at each place of the line
+    out, eps, line = run_layer(layer, u, y), innovations(y)[0], []              # (kind, token) at each place of the line
     for start in range(0, T, w):
         line += [("faded", s) for s in range(start - F, start)]
         best = eps[:start].topk(min(M, start)).indices.tolist()
@@ -187,7 +186,7 @@ def test_where_a_text_is_cut_into_segments_changes_nothing(name):
 def test_the_buffer_is_a_running_heap(select):
     """Chunk by chunk, in segments and in one: the M largest innovations so far, of which the least never falls."""
     M, tokens = 6, text(B=2, K=4)
-    every = walk(tiny("bmojo", layers=1, seg=S, eidetic=4 * S, select=select), tokens)[1]      # nothing leaves it
+    every = run(tiny("bmojo", layers=1, seg=S, eidetic=4 * S, select=select), tokens)[1]      # nothing leaves it
     eps = every["0.innovation"].gather(1, every["0.position"].argsort(1))                      # (B, 4S) by position
     model, least = tiny("bmojo", layers=1, seg=8, window=8, eidetic=M, select=select), torch.zeros(2) - 1
     state = model.init_state(2)
@@ -215,8 +214,8 @@ def test_the_innovation_is_the_distance_from_the_mean_of_the_three_outputs_befor
 
 @torch.no_grad()
 def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
-    x, _, _ = data.mqar(np.random.default_rng(0), 3, 64)
-    model = tiny("bmojo", seg=64, eidetic=8, select=f"{data.NOISE}-{data.NOISE + data.VALUES}")
+    x, _, _ = tasks.mqar(np.random.default_rng(0), 3, 64)
+    model = tiny("bmojo", seg=64, eidetic=8, select=f"{tasks.NOISE}-{tasks.NOISE + tasks.VALUES}")
     state = model(torch.from_numpy(x), model.init_state(3))[1]
     for l in (0, 1):
         assert state[f"{l}.position"].sort(1).values.tolist() == [list(range(1, 17, 2))] * 3
@@ -227,7 +226,7 @@ def test_without_fading_tokens_the_past_is_read_through_eidetic_tokens_alone():
     """One layer: every eidetic token whose value changes moves the next chunk, and a state space that changes does not."""
     model = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0, conv=False)
     tokens = text(B=1, K=2)
-    state = walk(model, tokens[:, :S])[1]
+    state = run(model, tokens[:, :S])[1]
     chunk = lambda state: model(tokens[:, S:], state)[0][:, :8]
     for i in range(4):
         changed = state["0.eidetic"].clone()
@@ -241,7 +240,7 @@ def test_without_fading_tokens_the_past_is_read_through_eidetic_tokens_alone():
 def grads(model, tokens, lo, hi):
     """Which parts of the model get a gradient from a loss on the logits lo..hi."""
     model.zero_grad()
-    walk(model, tokens)[0][:, lo:hi].square().sum().backward()
+    run(model, tokens)[0][:, lo:hi].square().sum().backward()
     size = lambda ps: sum(float(p.grad.abs().sum()) for p in ps if p.grad is not None)
     return size(model.blocks[0].ssm.parameters()), size(model.blocks[0].attention.parameters())
 
@@ -261,11 +260,11 @@ def test_gradient_reaches_an_eidetic_token_from_far_behind_its_window():
     model, seen = tiny("bmojo", layers=1, window=4, eidetic=3, fading=0, conv=False), []
     model.embedding.register_forward_hook(lambda m, a, y: (y.retain_grad(), seen.append(y)) and None)
     tokens = text(B=1, K=4)
-    logits, state = walk(model, tokens)
+    logits, state = run(model, tokens)
     logits[:, -1].sum().backward()
     moved = [S * k + t for k, y in enumerate(seen) for t in y.grad[0].abs().sum(-1).nonzero().flatten().tolist()]
     eidetic = [t for t in moved if t < 4 * S - 4]
-    assert len(eidetic) == 3 and set(eidetic) <= set(walk(model, tokens[:, :-S])[1]["0.position"][0].tolist()) | \
+    assert len(eidetic) == 3 and set(eidetic) <= set(run(model, tokens[:, :-S])[1]["0.position"][0].tolist()) | \
         set(range(3 * S, 4 * S))
 
 
@@ -302,8 +301,8 @@ def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_pa
                     "--batch=64", "--lr=5e-3", "--layers=2", "--heads=2", "--width=64", "--seg=32", "--state=4", *more])
         model, _ = nanomem.load(tmp_path / name)
         right, total = 0, 0
-        for batch, _, hit in stream.evaluate(model, data.Synthetic("mqar", 64, 32, seed=7), 8):
-            scored = batch.at > Config(seg=32).W                           # the answer has left the window of bmojo
+        for batch, _, hit in stream.evaluate(model, tasks.TaskLoader("mqar", 64, 32, seed=7), 8):
+            scored = batch.distance > Config(seg=32).W                           # the answer has left the window of bmojo
             right, total = right + hit[scored].sum().item(), total + scored.sum().item()
         found[name] = right / total
     assert found["mamba"] < 0.5 and found["bmojo"] > 0.95, found

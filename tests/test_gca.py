@@ -7,12 +7,11 @@ from torch.nn import functional as F
 
 import nanomem
 import train
-from nanomem import data, stream
+from nanomem import stream, tasks
 from nanomem.cli import UserError
 from nanomem.models.gca import gumbel
 
-from conftest import TINY, tiny
-from test_laws import S, V, close, text, walk
+from conftest import S, TINY, V, close, run, text, tiny
 
 M, N = 8, S // 8   # tokens in a chunk of a TINY model, chunks in a segment
 
@@ -30,23 +29,28 @@ def memory(model, n, B=2, seed=0):
 
 
 def retrieved(model, tokens, state=None):
-    """The chunks that were found, (B, chunks, G, k), by the three verbs that a whole segment is made of."""
+    """The numbers of the chunks that each chunk looked at, (B, chunks, G, k)."""
     state, found = state or model.init_state(len(tokens)), []
     for x in tokens.split(model.c.seg, 1):
         _, cache = model.extend(x, model.read(state))
         state = model.write(cache, state)
-        found.append(torch.stack(cache["picks"], 2))
+        found.append(cache["picks"])
     return torch.cat(found, 1)
+
+
+def find(model, ask, state):
+    """What the chunks of a segment find in a state, before the segment's own chunks are there."""
+    return model.find(ask, 0, 0, model.read(state))
 
 
 # reading
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
+def test_cross_attention_is_a_loop_over_chunks_heads_positions_and_picks(sink):
     model = gca(sink=sink).double()
     cross, (B, n, u, k, H, D) = model.cross[0], (2, 3, 5, 4, 2, 16)
     torch.manual_seed(0)
-    x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, H, k, M, 2 * D).double()
+    x, kv = torch.randn(B, n, u, H * D).double(), torch.randn(B, n, k, H, M, 2 * D).double()
     w = torch.rand(B, n, k).double()
     found, inputs = [], [t.requires_grad_() for t in (x, kv, w)]
     for way in ("fast", "loop"):
@@ -55,10 +59,10 @@ def test_cross_attention_is_a_loop_over_chunks_heads_rows_and_picks(sink):
             q, y = cross.q(x), torch.zeros(B, n, u, H * D).double()
             for b, t, h, i, j in torch.cartesian_prod(*map(torch.arange, (B, n, H, u, k))).tolist():
                 head = slice(h * D, (h + 1) * D)
-                z = (kv[b, t, h, j, :, :D] @ q[b, t, i, head] / D ** 0.5).exp()
+                z = (kv[b, t, j, h, :, :D] @ q[b, t, i, head] / D ** 0.5).exp()
                 p = z / (z.sum() + sink)
                 y = y.index_put((torch.tensor(b), torch.tensor(t), torch.tensor(i), torch.arange(D) + h * D),
-                                w[b, t, j] * (p @ kv[b, t, h, j, :, D:]), accumulate=True)
+                                w[b, t, j] * (p @ kv[b, t, j, h, :, D:]), accumulate=True)
             y = cross.out(y)
         found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*found))
@@ -71,14 +75,14 @@ def test_the_first_two_chunks_read_nothing_and_the_third_does():
     deaf = gca()
     for cross in deaf.cross:
         cross.out.weight.zero_()
-    a, b = walk(model, text())[0], walk(deaf, text())[0]
+    a, b = run(model, text())[0], run(deaf, text())[0]
     assert torch.equal(a[:, :2 * M], b[:, :2 * M])
     assert (a - b).abs().amax((0, 2)).unflatten(0, (-1, M)).amax(1)[2:].min() > 1e-4
 
 
 @torch.no_grad()
 def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
-    """With every other path cut, a changed token is felt in its own row, nowhere in the next chunk, and everywhere
+    """With every other path cut, a changed token is felt at its own position, nowhere in the next chunk, and everywhere
     after that: what a landmark asks for is read by the chunk behind it, and it cannot ask for its own chunk."""
     model, tokens = gca(topk=12, bank=12), text()
     for block in model.blocks:
@@ -86,7 +90,7 @@ def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
     for t in (0, 5, 7, 40, S + 3, 2 * S - 1):
         other, c = tokens.clone(), t // M
         other[:, t] = (other[:, t] + 1) % V
-        moved = (walk(model, tokens)[0] - walk(model, other)[0]).abs().amax((0, 2))
+        moved = (run(model, tokens)[0] - run(model, other)[0]).abs().amax((0, 2))
         moved[t] = 0
         assert moved[:(c + 2) * M].max() == 0
         assert moved[(c + 2) * M:].min() > 0
@@ -100,26 +104,27 @@ def test_the_chunks_found_are_the_k_best_of_those_that_are_kept(n):
     """By brute force: the bank has 20 places, and the segment that comes needs N of them for itself."""
     model = gca(bank=20, topk=3)
     state, asks = memory(model, n), torch.randn(2, N, TINY["width"])
-    kv, w, picks = model.find(asks, 0, 0, state)
+    kv, w, picks = find(model, asks, state)
     for b in range(2):
         for t in range(N):
-            kept = range(max(0, n + N - 20), n + t - 1)          # the asking chunk n + t - 1 is not among them
-            score = {e: float(asks[b, t] @ state["key"][b, e % 20]) / TINY["width"] ** 0.5 for e in kept}
+            kept = range(max(0, n + N - 20), min(n, n + t - 1))  # the asking chunk n + t - 1 is not among them
+            place = lambda e: e - n + 20                         # the newest stands last
+            score = {e: float(asks[b, t] @ state["key"][b, place(e)]) / TINY["width"] ** 0.5 for e in kept}
             best = sorted(kept, key=score.get, reverse=True)[:3]
             assert picks[b, t].tolist() == best + [-1] * (3 - len(best))
             mix = [math.exp(score[e]) / sum(math.exp(score[i]) for i in best) for e in best] + [0.0] * (3 - len(best))
             assert torch.allclose(w[b, t], torch.tensor(mix), atol=1e-6)
             for j, e in enumerate(best):
-                assert torch.equal(kv[b, t, :, j], state["bank"][b, e % 20])
+                assert torch.equal(kv[b, t, j], state["bank"][b, place(e)])
 
 
 @torch.no_grad()
 def test_the_order_of_the_chunks_in_the_bank_says_nothing():
     """Other places for the same chunks: no position is read with them, however long ago they were. Only the last one
     has to stay, which may not be found by its own question."""
-    model, x = gca(bank=12), text(K=1)
-    state = walk(model, text(K=2))[1]
-    order = torch.cat([torch.arange(2 * N - 1).flip(0), torch.arange(2 * N - 1, 12)])
+    model, x = gca(bank=12, topk=2), text(K=1)
+    state = run(model, text(K=3))[1]
+    order = torch.cat([torch.arange(N), torch.arange(N, 11).flip(0), torch.tensor([11])])    # the first N will go
     other = dict(state, key=state["key"][:, order], bank=state["bank"][:, order])
     assert close(model(x, other)[0], model(x, state)[0], 1e-5)
     assert not close(model(x, dict(state, key=state["key"][:, order]))[0], model(x, state)[0], 1e-3)
@@ -137,7 +142,7 @@ def test_random_and_recent_differ_in_the_choice_only():
             assert len(set(kept)) == len(kept) == min(3, len(before)) and set(kept) <= set(before)
             if way == "recent":
                 assert kept == list(before)[::-1][:3]
-        _, w, _ = model.find(torch.randn(2, N, TINY["width"]), 0, 0, memory(model, 9))
+        _, w, _ = find(model, torch.randn(2, N, TINY["width"]), memory(model, 9))
         assert torch.allclose(w, torch.tensor(1 / 3))
         assert torch.equal(picks, retrieved(model, tokens)[:, :, 0])
 
@@ -149,7 +154,7 @@ def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
     """dL/ds_j = w_j (f_j - sum_i w_i f_i), with f_j what the loss says about the answer of chunk j. With one chunk
     there is nothing to compare it with, and nothing is learned."""
     model, mixed = gca(topk=topk).double(), []
-    state = {k: v.double() if v.is_floating_point() else v for k, v in walk(gca(topk=topk), text(K=2))[1].items()}
+    state = {k: v.double() if v.is_floating_point() else v for k, v in run(gca(topk=topk), text(K=2))[1].items()}
     state = {k: v.detach() for k, v in state.items()}
     state["ask"].requires_grad_()
 
@@ -160,9 +165,10 @@ def test_the_loss_on_tokens_moves_each_score_by_how_much_its_chunk_helped(topk):
     logits, _ = model(text(K=1), state)
     F.cross_entropy(logits[:, :M].flatten(0, 1), text(K=1)[:, 1:M + 1].flatten()).backward()
     w, f = mixed[0][:, 0].detach(), mixed[0].grad[:, 0]                            # of the first chunk, (B, k)
-    _, _, picks = model.find(state["ask"].detach(), 0, 0, state)
+    _, _, picks = find(model, state["ask"].detach(), state)
     ds = w * (f - (w * f).sum(1, keepdim=True))
-    key = state["key"].gather(1, picks[:, 0, :, None].expand(-1, -1, TINY["width"]))
+    place = picks[:, 0] - state["n"][:, None] + model.c.M
+    key = state["key"].gather(1, place[..., None].expand(-1, -1, TINY["width"]))
     assert torch.allclose(state["ask"].grad[:, 0], torch.einsum("bk,bkc->bc", ds, key) / TINY["width"] ** 0.5)
     assert (state["ask"].grad.abs().max() > 1e-6) == (topk > 1)
 
@@ -175,8 +181,9 @@ def test_noise_explores_in_training_only_and_repeats():
     assert not torch.equal(noisy, calm) and torch.equal(noisy, retrieved(model, tokens))
     assert torch.equal(before, torch.get_rng_state()), "a state does not know this randomness"
     state, ask = memory(model, 9), torch.randn(2, N, TINY["width"])
-    kv, w, picks = model.find(ask, 0, 0, state)
-    s = (ask[:, :, None] * state["key"][torch.arange(2)[:, None, None], picks]).sum(-1) / TINY["width"] ** 0.5
+    _, w, picks = find(model, ask, state)
+    keys = state["key"][torch.arange(2)[:, None, None], picks - 9 + model.c.M]
+    s = (ask[:, :, None] * keys).sum(-1) / TINY["width"] ** 0.5
     assert torch.allclose(w, s.softmax(-1), atol=1e-6), "the weights have no noise"
 
 
@@ -196,18 +203,18 @@ def test_it_learns_to_find_needles_and_finds_them_in_64_times_the_text(tmp_path)
     task = "needle:pairs=2:asks=3:notice=4"
     with torch.enable_grad():
         train.main(["--model=gca", f"--data={task}", "--seg=64", "--segments=1", "--chunk=4", "--layers=2", "--heads=2",
-                    "--width=32", "--no-bypass", "--batch=32", "--lr=4e-3", "--steps=300", "--validate=300",
-                    "--windows=1", f"--out={tmp_path}"])
+                    "--width=32", "--no-bypass", "--batch=32", "--lr=4e-3", "--steps=300", "--eval_interval=300",
+                    "--eval_batches=1", f"--out={tmp_path}"])
     model = nanomem.load(tmp_path, seg=1024, bank=1024)[0].eval()
-    batch = data.Synthetic(task, 16, 4096, seed=9).next()
-    rows, t = (batch.y >= 0).nonzero(as_tuple=True)
-    needle = (t - batch.at[rows, t]) // 4
-    found = retrieved(model, batch.x)[rows, t // 4, 0] == needle[:, None]           # (questions, k)
-    (_, _, hit), = stream.evaluate(model, data.Synthetic(task, 16, 4096, seed=9), 1)
-    assert found.any(1).float().mean() > 0.95 and hit[rows, t].float().mean() > 0.6
+    batch = tasks.TaskLoader(task, 16, 4096, seed=9).next()
+    b, t = (batch.y >= 0).nonzero(as_tuple=True)
+    needle = (t - batch.distance[b, t]) // 4
+    found = retrieved(model, batch.x)[b, t // 4, 0] == needle[:, None]           # (questions, k)
+    (_, _, hit), = stream.evaluate(model, tasks.TaskLoader(task, 16, 4096, seed=9), 1)
+    assert found.any(1).float().mean() > 0.95 and hit[b, t].float().mean() > 0.6
 
 
-# walking
+# segments
 
 @torch.no_grad()
 @pytest.mark.parametrize("fields", [dict(), dict(window=5), dict(window=20, sink=True), dict(layers=3, groups=2),
@@ -217,16 +224,8 @@ def test_segments_of_any_length_are_one_pass(fields):
     tokens, found = text(), []
     for chunks in (1, 2, 4, 12):
         model = gca(seg=chunks * M, bank=24, **fields)
-        found.append(walk_by(model, tokens))
+        found.append(run(model, tokens)[0])
     assert all(close(y, found[-1]) for y in found)
-
-
-def walk_by(model, tokens):
-    state, logits = model.init_state(len(tokens)), []
-    for x in tokens.split(model.c.seg, 1):
-        y, state = model(x, state)
-        logits.append(y)
-    return torch.cat(logits, 1)
 
 
 @torch.no_grad()
@@ -234,7 +233,7 @@ def walk_by(model, tokens):
 def test_without_its_bank_it_is_the_sliding_window(window):
     model, other = gca(topk=0, window=window), tiny("window", window=window)
     other.load_state_dict(model.state_dict(), strict=False)
-    assert close(walk(model, text())[0], walk(other, text())[0])
+    assert close(run(model, text())[0], run(other, text())[0])
 
 
 @torch.no_grad()
@@ -248,31 +247,8 @@ def test_a_bank_that_overflows_within_a_call_shows_every_segment_what_it_held_by
     for seed in range(3):
         tokens = text(K=model.parallel, seed=seed)
         logits, state = model(tokens, state)
-        expected, after = walk(model, tokens, after)
+        expected, after = run(model, tokens, after)
         assert close(logits, expected) and close(state, after)
-
-
-@torch.no_grad()
-def test_reading_changes_the_bank_in_place_and_no_prediction():
-    """Even when the bank is full and goes round: 3 segments of 4 chunks in 6 places."""
-    model = gca(bank=6)
-    state, copied = model.init_state(2), model.init_state(2)
-    for x in text().split(S, 1):
-        with torch.enable_grad():
-            expected, copied = model(x, copied)
-        address = state["bank"].data_ptr()
-        logits, state = model(x, state)
-        assert state["bank"].data_ptr() == address and copied["bank"].data_ptr() != address
-        assert close(logits, expected) and close(state, copied)
-
-
-@torch.no_grad()
-def test_a_state_that_was_read_on_from_still_predicts_the_same():
-    """In eval mode the next segment writes into its bank, but only where it does not look."""
-    model = gca()
-    state = walk(model, text(K=2))[1]
-    logits = [model(x, state)[0] for x in (text(K=1), text(K=1, seed=7), text(K=1))]
-    assert torch.equal(logits[0], logits[2])
 
 
 def test_the_bank_may_lie_in_the_memory_of_the_cpu():
@@ -289,17 +265,19 @@ def test_settings_that_cannot_be_are_refused(fields, why):
         nanomem.build("gca", **TINY, **fields)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_what_is_overheard_is_what_was_found(k):
-    """With the most recent k chunks, the answer is found where its chunk is 2 to k + 1 before the one that asks: a
-    chunk reads what the one before it found among those before that."""
-    model = gca(topk=k, retrieval="recent")
-    loader = data.Synthetic("needle:pairs=2:asks=2", 3, 3 * model.c.seg)
-    with stream.overheard(model) as heard:
-        batch, _, _ = next(stream.evaluate(model, loader, 1))
-        met = stream.met(model, batch, heard)
-    t = torch.arange(batch.x.size(1))
-    back = t // model.c.m - (t - batch.at) // model.c.m
-    asked = batch.y >= 0
-    assert torch.equal(met[asked], ((back >= 2) & (back <= k + 1))[asked]) and (met[asked].any() or k == 1)
-    assert "find" not in vars(model)
+def test_the_cache_says_which_spans_of_the_text_each_token_looked_at(k):
+    """With the most recent k chunks, these are the chunks 2 to k + 1 before the token's own: a chunk looks at what the
+    one before it found among those before that."""
+    model, tokens = gca(topk=k, retrieval="recent"), text(B=3)
+    state = run(model, tokens[:, :S])[1]
+    cache = model.read(state)
+    for part in tokens[:, S:2 * S].split([5, 20, 7], 1):
+        cache = model.extend(part, cache)[1]
+    spans = model.retrieved(cache)
+    assert spans.shape == (3, S, k, 2)
+    for t in range(S):
+        chunk = (S + t) // M
+        expected = [(e * M, e * M + M) for e in range(chunk - 2, chunk - 2 - k, -1) if e >= 0]
+        assert [tuple(s) for s in spans[0, t].tolist()] == expected + [(-1, -1)] * (k - len(expected))

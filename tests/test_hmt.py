@@ -6,11 +6,10 @@ import torch
 from torch.nn import functional as F
 
 import nanomem
-from nanomem import data, stream
+from nanomem import stream, tasks
 from nanomem.cli import UserError
 
-from conftest import TINY, tiny
-from test_laws import S, V, close, text, walk, watch
+from conftest import S, TINY, V, close, keep_embeddings, run, size, text, tiny
 
 CAUSAL = ["prev", "split"]
 QUERIES = [*CAUSAL, "paper"]
@@ -49,7 +48,7 @@ def test_the_first_two_segments_are_rmt_and_with_a_bank_of_one_all_of_them(query
     for bank, same in ((1, [True] * 4), (4, [True, True, False, False])):
         hmt, rmt = plain_gain(tiny("hmt", query=query, bank=bank)), tiny("rmt")
         rmt.load_state_dict(hmt.state_dict(), strict=False)
-        pairs = zip(walk(hmt, tokens)[0].split(S, 1), walk(rmt, tokens)[0].split(S, 1))
+        pairs = zip(run(hmt, tokens)[0].split(S, 1), run(rmt, tokens)[0].split(S, 1))
         assert [torch.equal(a, b) for a, b in pairs] == same
     assert nanomem.build("hmt").c.k == nanomem.build("rmt").c.k and nanomem.build("hmt").c.M == nanomem.build("rmt").c.M
 
@@ -58,10 +57,10 @@ def test_the_first_two_segments_are_rmt_and_with_a_bank_of_one_all_of_them(query
 @pytest.mark.parametrize("query", QUERIES)
 def test_the_search_is_not_felt_before_there_is_a_choice(query):
     model, tokens = tiny("hmt", query=query), text(K=3)
-    before = walk(model, tokens)[0]
+    before = run(model, tokens)[0]
     for p in (model.prompt, model.query.weight, model.key.weight):
         p.add_(torch.randn_like(p))
-    moved = (walk(model, tokens)[0] - before).abs().amax((0, 2)).split(S)
+    moved = (run(model, tokens)[0] - before).abs().amax((0, 2)).split(S)
     assert moved[0].max() == moved[1].max() == 0 and moved[2].max() > 1e-4
 
 
@@ -71,11 +70,11 @@ def test_a_segment_is_one_causal_pass_with_what_the_slow_search_finds():
     for query in QUERIES:
         model, tokens = tiny("hmt", query=query, mem=3, sensory=2), text(B=1, K=4)
         kept, before = [], None
-        logits, end = walk(model, tokens)
+        logits, end = run(model, tokens)
         for n, x in enumerate(tokens.split(S, 1)):
             half = before[:, -J:] if query == "prev" and n else x[:, :J]
             rows = torch.cat([model.prompt[None], model.embed(half), model.prompt[None]], 1)
-            q = model.query(model.trunk(rows)[0][0, -1])
+            q = model.query(model.backbone(rows)[0][0, -1])
             P = []
             for i in range(3):
                 if not kept:
@@ -88,7 +87,7 @@ def test_a_segment_is_one_causal_pass_with_what_the_slow_search_finds():
             e = model.embed(x)
             newest = model.gain * (kept[-1] if kept else model.mem)[None]
             parts = [newest, sensory, e[:, :J], P, e[:, J:], P] if query == "split" else [P, sensory, e, P]
-            h = model.trunk(torch.cat(parts, 1))[0][0]
+            h = model.backbone(torch.cat(parts, 1))[0][0]
             rest = torch.cat([h[5:5 + J], h[-3 - S + J:-3]])
             assert close(logits[0, n * S:(n + 1) * S], model.head(rest))
             kept.append(h[-3:])
@@ -104,7 +103,7 @@ def test_the_published_query_leaks_and_the_positions_that_leak_are_not_scored():
     model, tokens = tiny("hmt", query="paper"), text(B=1, K=4)
     changed = tokens.repeat(4 * S, 1)
     changed[torch.arange(4 * S), torch.arange(4 * S)] = (tokens[0] + 1) % V
-    moved = (walk(model, tokens.repeat(4 * S, 1))[0] - walk(model, changed)[0]).abs().amax(-1) > 1e-6
+    moved = (run(model, tokens.repeat(4 * S, 1))[0] - run(model, changed)[0]).abs().amax(-1) > 1e-6
     leaks = moved.tril(-1).any(0).view(4, S)                        # (segment, logit)
     contaminated = (torch.arange(4)[:, None] >= 2) & (torch.arange(S) < J - 1)
     assert torch.equal(leaks, contaminated)
@@ -118,15 +117,15 @@ def test_only_the_published_query_leaves_anything_out(query):
 
 def test_what_is_not_scored_counts_in_no_loss_and_in_no_score():
     model, rmt = tiny("hmt", query="paper"), tiny("rmt")
-    loader = lambda: data.Synthetic("recall", 4, 3 * S)
+    loader = lambda: tasks.TaskLoader("recall", 4, 3 * S)
     batch = stream.scored(loader().next(), model)
     out = ~model.scored().repeat(3)
     assert (batch.y[:, out] == -1).all() and torch.equal(batch.y[:, ~out], loader().next().y[:, ~out])
     for other, like in ((model, []), (rmt, [model])):                 # the other model is compared on the same positions
         ours, nll, _ = next(stream.evaluate(other, loader(), like=like))
         assert torch.equal(ours.y, batch.y) and (nll[ours.y < 0] == 0).all() and (nll[ours.y >= 0] > 0).all()
-    logits = walk(model, batch.x)[0][batch.y >= 0]
-    total, _ = stream.bptt(model, stream.step_of(model), batch.x, batch.y, model.init_state(4), 1)
+    logits = run(model, batch.x)[0][batch.y >= 0]
+    total, _ = stream.bptt(model, stream.make_step(model), batch.x, batch.y, model.init_state(4), 1)
     assert close(total, F.cross_entropy(logits, batch.y[batch.y >= 0], reduction="sum"))
 
 
@@ -194,7 +193,7 @@ def test_a_new_search_finds_what_is_like_the_query():
     model = nanomem.build("hmt", **{**TINY, "width": 128}, bank=7)
     state = full(model)
     prompt, half = model.prompt.expand(2, 1, -1), model.embed(state["ids"][:, -J:])
-    S_n = model.trunk(torch.cat([prompt, half, prompt], 1))[0][:, -1]
+    S_n = model.backbone(torch.cat([prompt, half, prompt], 1))[0][:, -1]
     state["bank"][:, 3] = S_n[:, None]
     assert (model.weights(state)[:, :, 3] > 0.9).all()
 
@@ -211,7 +210,7 @@ def search_gradients(model):
 def test_the_search_learns_only_from_three_segments_on(query, K):
     """The one memory of a two-segment window has weight 1, whatever asks for it. The first memory always learns."""
     model = tiny("hmt", query=query)
-    walk(model, text(K=K))[0][:, -S:].sum().backward()
+    run(model, text(K=K))[0][:, -S:].sum().backward()
     assert search_gradients(model) == [K >= 3] * 3
     assert model.mem.grad.abs().sum(1).min() > 0
 
@@ -219,7 +218,7 @@ def test_the_search_learns_only_from_three_segments_on(query, K):
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_bank_that_is_carried_over_trains_the_search_in_a_window_of_one(query):
     model, tokens = tiny("hmt", query=query), text(K=4)
-    state = stream.detach(walk(model, tokens[:, :3 * S])[1])
+    state = stream.detach(run(model, tokens[:, :3 * S])[1])
     model(tokens[:, 3 * S:], state)[0].sum().backward()
     assert search_gradients(model) == [True] * 3
 
@@ -229,10 +228,10 @@ def test_gradient_reaches_back_through_the_window_and_no_further(K):
     """The depth of back-propagation is the window; detaching changes no logit. (`paper`, because `prev` reads the end
     of the segment before again.)"""
     model, seen, tokens = tiny("hmt", query="paper"), [], text(K=5)
-    whole = walk(model, tokens)[0]
-    watch(model, seen)
-    state = stream.detach(walk(model, tokens[:, :(5 - K) * S])[1])
-    logits, _ = walk(model, tokens[:, (5 - K) * S:], state)
+    whole = run(model, tokens)[0]
+    keep_embeddings(model, seen)
+    state = stream.detach(run(model, tokens[:, :(5 - K) * S])[1])
+    logits, _ = run(model, tokens[:, (5 - K) * S:], state)
     assert torch.equal(logits, whole[:, (5 - K) * S:])
     logits[:, -S:].sum().backward()
     assert [y.grad is not None and bool(y.grad.abs().sum() > 0) for y in seen] == [False] * (5 - K) + [True] * K
@@ -241,9 +240,8 @@ def test_gradient_reaches_back_through_the_window_and_no_further(K):
 # cost
 
 def test_the_extra_parameters_are_two_maps_a_prompt_the_first_memory_and_a_gain():
-    size = lambda name, **k: sum(p.numel() for p in nanomem.build(name, **TINY, **k).parameters())
     C = TINY["width"]
-    assert size("hmt", mem=7) - size("gpt") == 2 * C * C + C + 7 * C + 1
+    assert size("hmt", **TINY, mem=7) - size("gpt", **TINY) == 2 * C * C + C + 7 * C + 1
 
 
 @torch.no_grad()
@@ -252,11 +250,11 @@ def test_every_segment_costs_the_same_whatever_was_read(query):
     """M + k + S + M rows in the segment, M more if it is split, and half a segment between two prompts to search."""
     model, rows = tiny("hmt", query=query, mem=5, sensory=3, bank=3), []
     model.blocks[0].register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
-    walk(model, text(K=6))
+    run(model, text(K=6))
     assert rows == [J + 2, 5 + 3 + S + 5 + (5 if query == "split" else 0)] * 6
     model.c.search = "uniform"
     rows.clear()
-    walk(model, text(K=2))
+    run(model, text(K=2))
     assert len(rows) == 2, "a mean needs no summary"
 
 

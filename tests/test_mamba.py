@@ -7,8 +7,7 @@ from nanomem.cli import UserError
 from nanomem.models.gpt import norm
 from nanomem.models.mamba import short_conv, ssd, step
 
-from conftest import TINY, tiny
-from test_laws import S, text
+from conftest import TINY, S, text, tiny
 
 
 def series(T, B=2, H=3, D=4, N=5, spread=2, dtype=torch.double):

@@ -5,15 +5,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import bench
 import nanomem
 import test_laws
 import train
-from nanomem import data, stream
+from nanomem import measure, stream, tasks
 from nanomem.cli import UserError
 
-from conftest import TINY, tiny
-from test_laws import S, V, close, text, walk, watch
+from conftest import S, TINY, V, close, keep_embeddings, run, text, tiny
 
 OPTIONS = [{}, dict(bidir=True), dict(back=True), dict(bidir=True, back=True)]
 IDS = ["plain", "bidir", "back", "bidir+back"]
@@ -30,9 +28,9 @@ def writer(tau=0.25, M=5, T=8, seed=0):
 # the laws hold for its options too
 
 @pytest.mark.parametrize("law", [
-    test_laws.test_the_state_is_a_flat_dict_of_fixed_shape, test_laws.test_a_reader_predicts_what_the_walk_predicts,
-    test_laws.test_no_token_sees_the_future, test_laws.test_the_state_is_the_only_channel,
-    test_laws.test_a_fresh_row_starts_from_nothing_and_the_others_go_on,
+    test_laws.test_the_state_is_a_flat_dict_of_fixed_shape, test_laws.test_a_reader_predicts_what_the_loop_predicts,
+    test_laws.test_no_token_sees_the_future, test_laws.test_a_document_gives_the_same_memory_in_any_batch,
+    test_laws.test_a_fresh_element_starts_from_nothing_and_the_others_go_on,
     test_laws.test_gradient_reaches_every_parameter, test_laws.test_replay_gives_the_gradients_of_bptt])
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=IDS[1:])
 def test_the_laws_hold_with_options(law, options):
@@ -43,9 +41,9 @@ def test_the_laws_hold_with_options(law, options):
 def test_back_sees_the_segment_before_and_nothing_older_but_through_memory():
     """One causal pass over two segments, in which every position reads the same slots."""
     model, tokens = tiny("memformer", back=True), text()
-    _, state = walk(model, tokens[:, :2 * S])
-    slots = [reader.slots(state["mem"]) for reader in model.readers]
-    h, _ = model.trunk(model.embed(tokens[:, S:]), slots)
+    _, state = run(model, tokens[:, :2 * S])
+    slots = [reader.keys_values(state["mem"]) for reader in model.readers]
+    h, _ = model.backbone(model.embed(tokens[:, S:]), slots)
     assert close(model(tokens[:, 2 * S:], state)[0], model.head(h[:, S:]))
     plain = tiny("memformer")
     first = model(tokens[:, :S], model.init_state(2))[0]                     # nothing was read yet: nothing to see
@@ -71,9 +69,9 @@ def test_every_token_reads_all_slots_whatever_their_order():
     q = reader.query(x)
     k, v = reader.kv(mem).chunk(2, -1)
     slow = torch.cat([(q[..., a] @ k[..., a].mT / 4).softmax(-1) @ v[..., a] for a in (slice(16), slice(16, 32))], -1)
-    assert close(reader(x, reader.slots(mem)), reader.out(slow))
-    shuffled = reader.slots(mem[:, torch.randperm(7)])
-    assert close(reader(x, shuffled), reader(x, reader.slots(mem)))
+    assert close(reader(x, reader.keys_values(mem)), reader.out(slow))
+    shuffled = reader.keys_values(mem[:, torch.randperm(7)])
+    assert close(reader(x, shuffled), reader(x, reader.keys_values(mem)))
 
 
 @torch.no_grad()
@@ -134,7 +132,7 @@ def test_slots_have_no_order_and_twins_stay_twins():
 
 
 @torch.no_grad()
-def test_tokens_have_no_order_but_what_the_trunk_gave_them():
+def test_tokens_have_no_order_but_what_the_backbone_gave_them():
     write, mem, h = writer()
     assert torch.allclose(write(mem, h[:, torch.randperm(8)]), write(mem, h), atol=1e-12)
 
@@ -153,7 +151,7 @@ def test_the_temperature_runs_from_softmax_to_the_largest():
 @torch.no_grad()
 def test_the_weights_of_a_segment_are_those_it_is_written_with():
     model, x = tiny("memformer", bidir=True), text()[:, S:2 * S]
-    _, state = walk(model, text()[:, :S])
+    _, state = run(model, text()[:, :S])
     w, seen = model.weights(x, state), []
     model.writer.register_forward_hook(lambda m, args, y: seen.append(m.weights(*args)))
     model(x, state)
@@ -239,9 +237,9 @@ def test_forgetting_vectors_do_not_decay():
 
 # back-propagation through time
 
-def gradients(walk, model, begin, tokens=text(K=6)):
+def gradients(way, model, begin, tokens=text(K=6)):
     model.zero_grad()
-    loss, state = walk(model, stream.step_of(model), tokens, tokens.roll(-1, 1), begin(), 1 / tokens.numel())
+    loss, state = way(model, stream.make_step(model), tokens, tokens.roll(-1, 1), begin(), 1 / tokens.numel())
     return loss, state, {n: p.grad for n, p in model.named_parameters()}
 
 
@@ -250,12 +248,12 @@ def furthest(one, two):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.double, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("way", [stream.replay, bench.checkpointed], ids=["replay", "checkpoint"])
+@pytest.mark.parametrize("way", [stream.replay, measure.checkpointed], ids=["replay", "checkpoint"])
 def test_replay_and_checkpoints_are_exact(way, dtype, tolerance):
-    """A row goes on and a row begins, so that v learns from the first memory as well."""
+    """One batch element goes on and one begins, so that v learns from the first memory as well."""
     model = tiny("memformer").to(dtype)
-    carried = stream.detach(walk(model, text())[1])
-    begin = lambda: stream.enter(model, carried, torch.tensor([True, False]))
+    carried = stream.detach(run(model, text())[1])
+    begin = lambda: stream.reset(model, carried, torch.tensor([True, False]))
     (loss, state, grad), (loss2, state2, grad2) = (gradients(w, model, begin) for w in (stream.bptt, way))
     assert furthest(grad, grad2) < tolerance and torch.allclose(loss, loss2) and close(state, state2, tolerance)
     assert grad["writer.v"].norm() > 0
@@ -263,7 +261,7 @@ def test_replay_and_checkpoints_are_exact(way, dtype, tolerance):
 
 def test_without_back_propagation_through_memory_the_writer_learns_nothing():
     model = tiny("memformer")
-    cut = lambda x, y, state, step=stream.step_of(model): step(x, y, stream.detach(state))
+    cut = lambda x, y, state, step=stream.make_step(model): step(x, y, stream.detach(state))
     _, _, whole = gradients(stream.bptt, model, lambda: model.init_state(2))
     model.zero_grad()
     tokens = text(K=6)
@@ -272,10 +270,10 @@ def test_without_back_propagation_through_memory_the_writer_learns_nothing():
     assert (model.readers[0].kv.weight.grad - whole["readers.0.kv.weight"]).norm() > 0
 
 
-def test_a_row_that_begins_anew_sends_no_gradient_into_the_memory_before():
+def test_an_element_that_begins_anew_sends_no_gradient_into_the_memory_before():
     model = tiny("memformer")
-    mem = walk(model, text())[1]["mem"].detach().requires_grad_()
-    begin = stream.enter(model, dict(mem=mem), torch.tensor([True, False]))
+    mem = run(model, text())[1]["mem"].detach().requires_grad_()
+    begin = stream.reset(model, dict(mem=mem), torch.tensor([True, False]))
     gradients(stream.bptt, model, lambda: begin)
     assert mem.grad[0].abs().sum() == 0 and mem.grad[1].abs().sum() > 0
 
@@ -284,9 +282,9 @@ def test_a_row_that_begins_anew_sends_no_gradient_into_the_memory_before():
 def test_a_question_teaches_the_writing_of_k_segments_and_no_more(K):
     """A loss on the last of five segments moves the embeddings of every segment since the memory was detached."""
     model, seen, tokens = tiny("memformer"), [], text(K=5)
-    watch(model, seen)
-    state = stream.detach(walk(model, tokens[:, :(5 - K) * S])[1]) if K < 5 else None
-    walk(model, tokens[:, (5 - K) * S:], state)[0][:, -S:].sum().backward()
+    keep_embeddings(model, seen)
+    state = stream.detach(run(model, tokens[:, :(5 - K) * S])[1]) if K < 5 else None
+    run(model, tokens[:, (5 - K) * S:], state)[0][:, -S:].sum().backward()
     assert [y.grad is not None and bool(y.grad.abs().sum() > 0) for y in seen] == [False] * (5 - K) + [True] * K
     assert (model.writer.key.weight.grad is None) == (K == 1)
 
@@ -296,10 +294,10 @@ def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
     tokens = {K: text(K=K) for K in (4, 16)}
 
     def peak(walk, K):
-        run = lambda: walk(model, stream.step_of(model), tokens[K], tokens[K], model.init_state(2), 1.0)
-        run()
-        with bench.LiveBytes() as live:
-            run()
+        once = lambda: way(model, stream.make_step(model), tokens[K], tokens[K], model.init_state(2), 1.0)
+        once()
+        with measure.LiveBytes() as live:
+            once()
         return live.peak
     assert 3.7 < peak(stream.bptt, 16) / peak(stream.bptt, 4) < 4.3
     grown = peak(stream.replay, 16) - peak(stream.replay, 4)
@@ -308,7 +306,7 @@ def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
 
 def test_in_bfloat16_gradients_are_finite_and_memory_stays_float32():
     model, tokens = tiny("memformer", bidir=True), text()
-    _, state = stream.replay(model, stream.step_of(model, torch.bfloat16), tokens, tokens, model.init_state(2), 0.01)
+    _, state = stream.replay(model, stream.make_step(model, torch.bfloat16), tokens, tokens, model.init_state(2), 0.01)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert state["mem"].dtype == torch.float32 and (state["mem"] != state["mem"].bfloat16()).any()
 
@@ -319,7 +317,7 @@ def test_compiled_replay_is_two_graphs():
     model, tokens = tiny("memformer"), text(K=6)
     _, _, eager = gradients(stream.bptt, model, lambda: model.init_state(2))
     torch._dynamo.reset(), counters.clear()
-    step = stream.step_of(model, compile=True)
+    step = stream.make_step(model, compile=True)
     for _ in range(2):
         model.zero_grad()
         stream.replay(model, step, tokens, tokens.roll(-1, 1), model.init_state(2), 1 / tokens.numel())
@@ -332,12 +330,12 @@ def test_compiled_replay_is_two_graphs():
 @pytest.mark.slow
 def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
     """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: it is learned, and remembered for fifteen.
-    Windows shorter than the gap are no control at chance: a reader can learn to use what an untaught writer leaves."""
-    train.main(["--model=memformer", "--data=planted", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
-                "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--validate=125", f"--out={tmp_path}"])
+    BPTT windows shorter than the gap are no control at chance: a reader can use what an untaught writer leaves."""
+    train.main(["--model=memformer", "--data=delayed", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
+                "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--eval_interval=125", f"--out={tmp_path}"])
     model, right, asked = nanomem.load(tmp_path)[0], 0, 0
-    for batch, _, hit in stream.evaluate(model, data.Synthetic("planted", 64, 16 * 16, seed=2), 4):
-        late = batch.at >= 4 * 16
+    for batch, _, hit in stream.evaluate(model, tasks.TaskLoader("delayed", 64, 16 * 16, seed=2), 4):
+        late = batch.distance >= 4 * 16
         right, asked = right + hit[late].sum().item(), asked + late.sum().item()
     assert right / asked > 0.9
 
@@ -350,7 +348,7 @@ def test_a_few_steps_make_it_use_its_memory():
         gradients(stream.bptt, model, lambda: model.init_state(2), tokens)
         optimizer.step()
     with torch.no_grad():
-        _, state = walk(model, tokens)
+        _, state = run(model, tokens)
         assert not close(model(tokens[:, :S], state)[0], model(tokens[:, :S], model.init_state(2))[0], 1e-3)
 
 

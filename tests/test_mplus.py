@@ -7,37 +7,36 @@ from torch.nn import functional as F
 
 import nanomem
 import train
-from nanomem import data, stream
-from nanomem.models import gpt, mplus
+from nanomem import stream, tasks
+from nanomem.models import gpt, memoryllm
 from nanomem.models.gpt import norm
-from nanomem.models.mplus import DRAWS
+from nanomem.models.memoryllm import TABLE
 
-from conftest import TINY, tiny
-from test_laws import S, V, close, text, walk, watch
+from conftest import S, TINY, V, close, keep_embeddings, run, text, tiny
 
-SMALL = dict(layers=3, rows=4, slots=16, found=6, store=40, query=3)   # N/K = 4: the store fills within a few writes
+SMALL = dict(layers=3, new=4, slots=16, found=6, store=40, query=3)   # N/K = 4: the store fills within a few writes
 
 
 def small(name="mplus", **fields):
     fields = {**SMALL, **fields}
-    model = tiny(name, **(fields if name == "mplus" else {k: fields[k] for k in ("layers", "rows", "slots")}))
-    if model.c.M:
+    model = tiny(name, **(fields if name == "mplus" else {k: fields[k] for k in ("layers", "new", "slots")}))
+    if getattr(model.c, "M", 0):
         model.f_q.out.data *= 0.2      # no score so near to 1 that float32 sees ties
     return model
 
 
 def after(model, n=12, B=2, seed=0):
     """The state after n segments."""
-    return walk(model, text(B=B, K=n, seed=seed))[1] if n else model.init_state(B)
+    return run(model, text(B=B, K=n, seed=seed))[1] if n else model.init_state(B)
 
 
-def slow(model, l, x, rows, real):
-    """What layer l makes of x (S, C), one row at a time: row i attends to the memory rows (P, C) that are real and to
-    the rows up to itself; positions run on through both."""
-    block, P, y = model.blocks[l], len(rows), []
-    q, k, v = block.attention.qkv(norm(torch.cat([rows, x]))).view(P + len(x), 3, model.c.heads, -1).unbind(1)
-    turn = gpt.angles(torch.arange(P + len(x)), model.c.head_dim)[:, None]
-    q, k = gpt.rotate(norm(q), turn), gpt.rotate(norm(k), turn)
+def slow(model, l, x, vectors, real):
+    """What layer l makes of x (S, C), one token at a time: it attends to the memory vectors (P, C) that are real and to
+    the tokens up to itself; positions run on through both."""
+    block, P, y = model.blocks[l], len(vectors), []
+    q, k, v = block.attention.qkv(norm(torch.cat([vectors, x]))).view(P + len(x), 3, model.c.heads, -1).unbind(1)
+    angles = [a[:, None] for a in gpt.rope(torch.arange(P + len(x)), model.c.head_dim)]
+    q, k = gpt.rotate(norm(q), angles), gpt.rotate(norm(k), angles)
     for i in range(P, P + len(x)):
         j = torch.cat([real.nonzero()[:, 0], torch.arange(P, i + 1)])
         w = (torch.einsum("hd,jhd->hj", q[i], k[j]) / math.sqrt(model.c.head_dim)).softmax(-1)
@@ -47,9 +46,9 @@ def slow(model, l, x, rows, real):
 
 
 def best(model, l, q, state):
-    """Births and vectors of layer l's store (of a single row) that score best for queries q (m, r), oldest first."""
+    """Births and vectors of layer l's store (of a single batch element) that score best for queries q (m, r), oldest first."""
     scored = [(sum(torch.sigmoid(qi @ key).item() for qi in q) / len(q), birth.item(), vector) for vector, key, birth
-              in zip(*(state[k][0, l] for k in ("old", "key", "old_birth"))) if birth >= 0]
+              in zip(*(state[k][0, l] for k in ("store", "store_key", "store_birth"))) if birth >= 0]
     top = sorted(sorted(scored, key=lambda s: -s[0])[:model.c.K0], key=lambda s: s[1])
     return [birth for _, birth, _ in top], [vector for *_, vector in top]
 
@@ -63,26 +62,26 @@ def test_a_read_is_one_softmax_over_found_start_pool_and_segment(ask, n):
     model, tokens = small(ask=ask), text(B=1, K=1, seed=9)
     state, x, c = after(model, n, B=1), model.embed(tokens)[0], model.c
     for l in range(c.layers):
-        births, found = best(model, l, state["probe"][0, l] if ask == "lag" else model.f_q(x[:c.m], l), state)
+        births, found = best(model, l, state["query"][0, l] if ask == "lag" else model.f_q(x[:c.m], l), state)
         blank = torch.zeros(c.K0 - len(found), c.width)
         real = torch.arange(c.K0 + 1) >= len(blank)
-        rows = torch.cat([blank, *[v[None] for v in found], model.start[l], state["pool"][0, l]])
-        x = slow(model, l, x, rows, torch.cat([real, state["birth"][0, l] >= 0]))
-        assert births == sorted(births) and len(found) == min(c.K0, (state["old_birth"][0, l] >= 0).sum())
+        vectors = torch.cat([blank, *[v[None] for v in found], model.start[l], state["pool"][0, l]])
+        x = slow(model, l, x, vectors, torch.cat([real, state["birth"][0, l] >= 0]))
+        assert births == sorted(births) and len(found) == min(c.K0, (state["store_birth"][0, l] >= 0).sum())
     assert close(model(tokens, state)[0][0], model.head(norm(x)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("n", [0, 1, 12])
-def test_a_write_puts_the_last_rows_of_every_layer_at_the_end_of_its_pool(n):
-    """From a pass that sees the K newest vectors and nothing else of the past, with the marker on its last K rows."""
+def test_a_write_puts_the_last_k_tokens_of_every_layer_at_the_end_of_its_pool(n):
+    """From a pass that sees the K newest vectors and nothing else of the past, with the marker on its last K tokens."""
     model, tokens = small(), text(B=1, K=1, seed=9)
     state, x, K = after(model, n, B=1), model.embed(tokens)[0], model.c.K
     pool = model(tokens, state)[1]["pool"]
     for l in range(model.c.layers):
         x[-K:] += model.marker
-        rows = torch.cat([model.start[l], state["pool"][0, l, -K:]])
-        x = slow(model, l, x, rows, torch.arange(K + 1) < (K + 1 if n else 1))
+        vectors = torch.cat([model.start[l], state["pool"][0, l, -K:]])
+        x = slow(model, l, x, vectors, torch.arange(K + 1) < (K + 1 if n else 1))
         assert close(pool[0, l, -K:], x[-K:])
 
 
@@ -94,27 +93,27 @@ def test_a_write_sees_only_the_newest_k_of_the_pool_and_nothing_of_the_store():
     other = [state["pool"].clone(), state["pool"].clone()]
     other[0][:, :, -K - 1] += 1
     other[1][:, :, -1] += 1
-    assert torch.equal(new(pool=other[0]), new()) and torch.equal(new(old=state["old"] + 1), new())
+    assert torch.equal(new(pool=other[0]), new()) and torch.equal(new(store=state["store"] + 1), new())
     assert not close(new(pool=other[1]), new())
 
 
 @torch.no_grad()
-def test_memory_rows_are_read_only():
-    """They pass no query, no output map and no MLP: S rows do in a read, S in a write."""
-    model, rows = small(), []
+def test_memory_vectors_are_keys_and_values_only():
+    """They pass no query, no output map and no MLP: S tokens do in a read, S in a write."""
+    model, lengths = small(), []
     for name in ("attention.out", "attention.qkv", "mlp"):
-        model.blocks[1].get_submodule(name).register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
+        model.blocks[1].get_submodule(name).register_forward_hook(lambda m, a, y: lengths.append(a[0].size(1)))
     after(model, 3)
-    assert rows == [S] * (3 * 2 * 3)
+    assert lengths == [S] * (3 * 2 * 3)
 
 
 @torch.no_grad()
-def test_memory_rows_have_an_order_and_it_is_all_in_their_positions(monkeypatch):
+def test_memory_vectors_have_an_order_and_it_is_all_in_their_positions(monkeypatch):
     model, x = small("memoryllm"), text(K=1)
     state = after(model)
     mixed = dict(state, pool=state["pool"].flip(2), birth=state["birth"].flip(2))
     assert not close(model(x, state)[0], model(x, mixed)[0])
-    monkeypatch.setattr(mplus, "angles", lambda pos, D: gpt.angles(0 * pos, D))
+    monkeypatch.setattr(memoryllm, "rope", lambda positions, D: gpt.rope(0 * positions, D))
     assert close(model(x, state)[0], model(x, mixed)[0])
 
 
@@ -130,24 +129,25 @@ def test_a_write_drops_k_of_each_layer_and_keeps_the_order_of_the_others():
         for b in range(2):
             for l in range(model.c.layers):
                 tags = lambda s, name: [t for t in s[name][b, l].tolist() if t >= 0]
-                was, now, gone = tags(old, "birth"), tags(state, "birth"), set(tags(state, "old_birth"))
-                assert sorted(now) == now and set(now[:-K]) < set(was) and min(now[-K:]) > max(was)
-                assert set(was) - set(now) == gone - set(tags(old, "old_birth")) and len(now) == min(16, len(now))
+                before, now, gone = tags(old, "birth"), tags(state, "birth"), set(tags(state, "store_birth"))
+                assert sorted(now) == now and set(now[:-K]) < set(before) and min(now[-K:]) > max(before)
+                assert set(before) - set(now) == gone - set(tags(old, "store_birth")) and len(now) == min(16, len(now))
                 vectors = dict(zip(old["birth"][b, l].tolist(), old["pool"][b, l]))
-                for name, at in (("pool", "birth"), ("old", "old_birth")):
+                for name, at in (("pool", "birth"), ("store", "store_birth")):
                     for t, v in zip(state[at][b, l].tolist(), state[name][b, l]):
                         assert t not in vectors or t < 0 or torch.equal(v, vectors[t])
         assert (state["birth"] >= 0).sum(2).eq(model.c.N).all() or len(now) < model.c.N
 
 
-def survivors(t, N, K, lanes=DRAWS, layers=3):
-    """Births in the pool after the first write and t more, (lanes, L, N), of a model that reads nothing."""
-    model = nanomem.build("memoryllm", **{**TINY, "seg": K, "layers": layers}, rows=K, slots=N)
-    state = model.init_state(lanes)
+def survivors(t, N, K, layers=3):
+    """Births in the pool after t writes, (TABLE, L, N), one batch element for each entry of the table to begin with."""
+    model = nanomem.build("memoryllm", **{**TINY, "seg": K, "layers": layers}, new=K, slots=N)
+    state = model.init_state(TABLE)
+    state["step"] = torch.arange(TABLE)
     state["birth"] = -2 - torch.arange(N).expand_as(state["birth"])      # a pool that was filled before
     with torch.no_grad():
         for _ in range(t):
-            state = model.write((None, torch.zeros(lanes, K, dtype=torch.long), []), state)
+            state = model.write((None, torch.zeros(TABLE, K, dtype=torch.long), []), state)
     return state["birth"]
 
 
@@ -159,28 +159,28 @@ def test_a_vector_survives_t_writes_with_probability_1_minus_k_over_n_to_the_t(N
     assert abs(alive - p) <= 4 * math.sqrt(p * (1 - p) / birth.numel())
     if t == N / K:
         assert 0.316 <= p < math.exp(-1) and abs(alive - p) < 0.02
-    step = torch.arange(DRAWS) * 101 % DRAWS
+    step = torch.arange(TABLE)
     for u in range(t):
         count = (birth // K == (step + u)[:, None, None]).double().sum(2).mean()
         assert count == pytest.approx(K * (1 - K / N) ** (t - 1 - u), rel=0.1)
 
 
 def test_every_slot_of_every_layer_drops_alike_and_on_its_own():
-    model = nanomem.build("memoryllm", **{**TINY, "layers": 3}, rows=8, slots=64)
-    gone = torch.zeros(DRAWS, 3, 64).scatter(2, model.dice[:, :, -8:], 1)
+    model = nanomem.build("memoryllm", **{**TINY, "layers": 3}, new=8, slots=64)
+    gone = torch.zeros(TABLE, 3, 64).scatter(2, model.table[:, :, -8:], 1)
     assert (gone.sum(2) == 8).all()
-    expected = DRAWS * 8 / 64
+    expected = TABLE * 8 / 64
     chi2 = ((gone.sum(0) - expected) ** 2 / (expected * (1 - 8 / 64))).sum(1) * 63 / 64
     assert chi2.max() < 63 + 4.5 * math.sqrt(2 * 63)                       # 64 slots, 63 degrees of freedom
     both = (gone[:, 0] * gone[:, 1]).sum(1).mean()                         # two layers share 8 * 8 / 64 by chance
-    assert abs(both - 1) < 4 / math.sqrt(DRAWS)
+    assert abs(both - 1) < 4 / math.sqrt(TABLE)
 
 
 # the store
 
 @torch.no_grad()
 def test_the_store_keeps_the_youngest_of_all_that_was_dropped():
-    """Against a list, over 200 writes: what fell out is added, and above M the smallest births go."""
+    """Against a list, over 200 writes: what dropped out is added, and above M the smallest births go."""
     model = small(store=13, layers=2)
     state, listed = model.init_state(1), [[], []]
     for x in text(B=1, K=200).split(S, 1):
@@ -189,7 +189,7 @@ def test_the_store_keeps_the_youngest_of_all_that_was_dropped():
             pool = {t.item(): v for t, v in zip(old["birth"][0, l], old["pool"][0, l]) if t >= 0}
             listed[l] += [(t, v) for t, v in pool.items() if t not in state["birth"][0, l]]
             listed[l] = sorted(listed[l], key=lambda s: s[0])[-13:]
-            found = {t.item(): v for t, v in zip(state["old_birth"][0, l], state["old"][0, l]) if t >= 0}
+            found = {t.item(): v for t, v in zip(state["store_birth"][0, l], state["store"][0, l]) if t >= 0}
             assert sorted(found) == [t for t, _ in listed[l]] and all(torch.equal(found[t], v) for t, v in listed[l])
 
 
@@ -197,7 +197,7 @@ def test_the_store_keeps_the_youngest_of_all_that_was_dropped():
 def test_the_key_of_every_stored_vector_is_its_projection():
     model = small()
     state = after(model, 30)
-    assert (state["old_birth"] >= 0).all() and close(state["key"], model.f_k(state["old"]))
+    assert (state["store_birth"] >= 0).all() and close(state["store_key"], model.f_k(state["store"]))
 
 
 @torch.no_grad()
@@ -206,12 +206,12 @@ def test_the_best_are_found_and_come_oldest_first_however_they_are_stored():
     for n in (3, 5, 30):
         state = after(model, n, B=1)
         order = torch.randperm(model.c.M)
-        mixed = {**state, **{k: state[k][:, :, order] for k in ("old", "key", "old_birth")}}
+        mixed = {**state, **{k: state[k][:, :, order] for k in ("store", "store_key", "store_birth")}}
         assert close(model(x, mixed)[0], model(x, state)[0])
         for l in range(model.c.layers):
-            births, vectors = best(model, l, state["probe"][0, l], state)
-            rows, real = model.search(l, state["probe"][:, l], mixed)
-            assert births == sorted(births) and close(rows[real], torch.stack(vectors))
+            births, vectors = best(model, l, state["query"][0, l], state)
+            vectors_, real = model.find(l, state["query"][:, l], mixed)
+            assert births == sorted(births) and close(vectors_[real], torch.stack(vectors))
 
 
 @torch.no_grad()
@@ -220,13 +220,13 @@ def test_an_empty_store_or_none_of_it_is_memoryllm():
     for model in (llm, none):
         model.load_state_dict(plus.state_dict(), strict=False)
     tokens = text(K=12)
-    assert torch.equal(walk(llm, tokens)[0], walk(none, tokens)[0])
+    assert torch.equal(run(llm, tokens)[0], run(none, tokens)[0])
     state = plus.init_state(2)
     for x in tokens.split(S, 1):
         logits, out = plus(x, state)
         expect, pool = llm(x, {k: state[k] for k in ("pool", "birth", "step")})
         assert close(logits, expect, 1e-5) and close(out["pool"], pool["pool"], 1e-5)
-        state = {**out, **{k: plus.init_state(2)[k] for k in ("old", "key", "old_birth")}}
+        state = {**out, **{k: plus.init_state(2)[k] for k in ("store", "store_key", "store_birth")}}
     assert not close(plus(x, out)[0], llm(x, {k: out[k] for k in ("pool", "birth", "step")})[0])
 
 
@@ -239,25 +239,26 @@ def test_what_is_remembered_has_one_size():
 
 
 @torch.no_grad()
-def test_rows_of_a_batch_draw_differently_and_can_change_places():
+def test_what_drops_out_is_a_function_of_the_number_of_writes():
+    """So the same document gives the same memory in any batch, after resume, and in replay."""
     model, tokens = small(), text(B=3)
-    state, turn = after(model, B=3), torch.tensor([2, 0, 1])
-    assert not torch.equal(state["birth"][0] // 4 - state["step"][0], state["birth"][1] // 4 - state["step"][1])
-    logits, out = walk(model, tokens, state)
-    moved, other = walk(model, tokens[turn], {k: v[turn] for k, v in state.items()})
-    assert close(moved, logits[turn]) and close(other, {k: v[turn] for k, v in out.items()})
+    state, order = after(model, B=3), torch.tensor([2, 0, 1])
+    assert torch.equal(state["birth"][0], state["birth"][1])
+    logits, out = run(model, tokens, state)
+    moved, other = run(model, tokens[order], {k: v[order] for k, v in state.items()})
+    assert close(moved, logits[order]) and close(other, {k: v[order] for k, v in out.items()})
 
 
-# the searcher: its gradient, its loss, and when it asks
+# the search: its gradient, its loss, and when it asks
 
 def test_gradient_goes_one_write_deep_and_never_into_the_store():
     model, seen = small(), []
     state = stream.detach(after(model))
-    watch(model, seen)
+    keep_embeddings(model, seen)
     one = model(text(K=1, seed=5), state)[1]
     two = model(text(K=1, seed=6), one)[1]
     logits = model(text(K=1, seed=7), two)[0]
-    assert not any(two[k].requires_grad for k in ("old", "key", "probe"))
+    assert not any(two[k].requires_grad for k in ("store", "store_key", "query"))
     read1, write1, read2, write2, *_ = seen
     grad = lambda y, *of: [g is not None and bool(g.abs().sum() > 0) for g in
                            torch.autograd.grad(y.sum(), of, retain_graph=True, allow_unused=True)]
@@ -265,9 +266,9 @@ def test_gradient_goes_one_write_deep_and_never_into_the_store():
     assert grad(two["pool"][:, :, -model.c.K:], write1, write2) == [False, True]   # what a write sees is detached
 
 
-def test_the_searcher_learns_from_its_own_loss_and_nothing_else_does():
+def test_the_search_learns_from_its_own_loss_and_nothing_else_does():
     model, tokens = small(), text(K=3)
-    logits, state = walk(model, tokens)
+    logits, state = run(model, tokens)
     searcher = [*model.f_q.parameters(), *model.f_k.parameters()]
     others = [p for p in model.parameters() if all(p is not q for q in searcher)]
     for goal, mine, not_mine in (state["aux"].sum(), searcher, others), (logits.sum(), others, searcher):
@@ -283,28 +284,28 @@ def test_the_loss_wants_what_attention_looks_at_and_nothing_else(n):
     model, x = small(), text(B=1, K=1)
     before, c = after(model, n, B=1), model.c
     layers, likely = model.extend(x, model.read(before))[1][2], {True: [], False: []}
-    for l, (rows, *_) in enumerate(layers):
+    for l, (*_, inputs) in enumerate(layers):
         real, pool = before["birth"][0, l] >= 0, before["pool"][0, l]
-        q, k, _ = model.blocks[l].attention.qkv(norm(torch.cat([model.start[l], pool, rows[0]]))).view(
+        q, k, _ = model.blocks[l].attention.qkv(norm(torch.cat([model.start[l], pool, inputs[0]]))).view(
             1 + c.N + S, 3, c.heads, -1).unbind(1)
-        turn = gpt.angles(torch.arange(1 + c.N + S), c.head_dim)[:, None]
-        q, k = gpt.rotate(norm(q), turn)[1 + c.N:], gpt.rotate(norm(k), turn)[:1 + c.N]
+        angles = [a[:, None] for a in gpt.rope(torch.arange(1 + c.N + S), c.head_dim)]
+        q, k = gpt.rotate(norm(q), angles)[1 + c.N:], gpt.rotate(norm(k), angles)[:1 + c.N]
         w = torch.einsum("ihd,jhd->hij", q, k[F.pad(real, (1, 0), value=True)]) / math.sqrt(c.head_dim)
         w = w.softmax(-1).mean(0)[:, 1:]                                   # (S, vectors that are real)
         for i in range(0, S - c.m + 1, c.m):
             for j, vector in enumerate(pool[real]):
-                s = torch.sigmoid(model.f_q(rows[0, i:i + c.m], l) @ model.f_k(vector, l)).mean()
+                s = torch.sigmoid(model.f_q(inputs[0, i:i + c.m], l) @ model.f_k(vector, l)).mean()
                 right = bool(w[i:i + c.m, j].mean() > 3 / c.N)
                 likely[right].append((s if right else 1 - s) + 1e-5)
     assert bool(likely[True]) == bool(likely[False]) == (n > 0)
     expected = sum(-torch.stack(p).log().mean() for p in likely.values() if p) / 2
     assert close(model(x, before)[1]["aux"], torch.as_tensor(expected).view(1))
-    assert model.eval()(x, before)[1]["aux"] == 0                           # nobody needs it
+    assert model.eval()(x, before)[1]["aux"] == 0                           # not needed
 
 
 @torch.no_grad()
-def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
-    """As published: the query shows all of its rows to each of them, and `scored` says which logits are honest."""
+def test_a_segment_that_searches_for_itself_leaks_into_its_first_tokens_only():
+    """As published: the query shows all of its tokens to each of them, and `scored` says which logits are honest."""
     tokens = text(B=1, K=1)[0]
     changed = tokens.repeat(S, 1)
     changed[torch.arange(S), torch.arange(S)] = (tokens + 1) % V
@@ -319,16 +320,17 @@ def test_a_segment_that_searches_for_itself_leaks_into_its_first_rows_only():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cut", [[1] * S, [3, 20, 9], [S]], ids=["ones", "3+20+9", "whole"])
-def test_a_segment_that_searches_for_itself_can_be_cut_behind_its_query(cut):
-    model, tokens = small(ask="self", query=cut[0] if cut[0] < S else 5), text(K=1, seed=8)
+def test_a_segment_that_searches_for_itself_needs_its_query_in_one_call():
+    model, tokens = small(ask="self", query=5), text(K=1, seed=8)
     state = after(model, 30)
     logits, out = model(tokens, state)
     cache, parts = model.read(state), []
-    for part in tokens.split(cut, 1):
+    for part in tokens.split([5, 20, 7], 1):
         y, cache = model.extend(part, cache)
         parts.append(y)
     assert close(torch.cat(parts, 1), logits) and close(model.write(cache, state), out)
+    with pytest.raises(AssertionError, match="first 5 tokens of a segment, so they must come in one call, got 3"):
+        model.extend(tokens[:, :3], model.read(state))
 
 
 @torch.no_grad()
@@ -336,17 +338,17 @@ def test_a_segment_that_searches_for_itself_can_be_cut_behind_its_query(cut):
 def test_the_store_can_live_on_the_host():
     model, tokens = small().cuda(), text(K=4).cuda()
     state = {k: v.cuda() for k, v in stream.detach(after(small(), 30)).items()}
-    there = walk(model, tokens, state)
-    here = walk(model, tokens, dict(state, old=state["old"].cpu()))
-    assert here[1]["old"].device.type == "cpu" and torch.equal(here[0], there[0])
+    there = run(model, tokens, state)
+    here = run(model, tokens, dict(state, store=state["store"].cpu()))
+    assert here[1]["store"].device.type == "cpu" and torch.equal(here[0], there[0])
     assert all(torch.equal(v.cpu(), there[1][k].cpu()) for k, v in here[1].items())
 
 
 @pytest.mark.parametrize("fields, why", [
-    (dict(rows=33), "rows must fit into a segment of 32 and a pool of 264, got 33"),
-    (dict(rows=8, slots=4), "a pool of 4, got 8"), (dict(rows=0, slots=4), "a pool of 4 slots needs rows > 0"),
-    (dict(rows=8, store=7), "a store must hold the 8 rows of a write, got store 7"),
-    (dict(query=0), "query must lie between 1 and 32 rows, got 0"), (dict(ask="both"), "lag or self, got both"),
+    (dict(new=33), "new must fit into a segment of 32 and a pool of 264, got 33"),
+    (dict(new=8, slots=4), "a pool of 4, got 8"), (dict(new=0, slots=4), "a pool of 4 slots needs new > 0"),
+    (dict(new=8, store=7), "a store must hold the 8 vectors of a write, got store 7"),
+    (dict(query=0), "query must lie between 1 and 32 tokens, got 0"), (dict(ask="both"), "lag or self, got both"),
     (dict(found=-2), "found counts vectors, got -2")])
 def test_wrong_settings_are_refused_with_the_numbers(fields, why):
     with pytest.raises(nanomem.UserError, match=why):
@@ -355,31 +357,25 @@ def test_wrong_settings_are_refused_with_the_numbers(fields, why):
 
 # what it is for
 
-def chance(model, batch):
-    """A search that ignores the question."""
-    return lambda l, probe, state: torch.rand(state["old_birth"][:, l].shape)
+class Oracle(nanomem.model_class("mplus")):
+    """M+ with a search that knows in which segment the fact stood that each segment asks for."""
+
+    def score(self, l, query, state):
+        told = self.told[torch.arange(len(self.told)), state["step"], None]
+        return (state["store_birth"][:, l] // self.c.K == told).float()
 
 
-def oracle(model, batch):
-    """A search that is told which segment told the fact that this one asks for: what was written there comes first."""
-    S, K, rows = model.c.seg, model.c.K, torch.arange(len(batch.x))
-    begin = model.init_state(len(rows))["step"]
-    told = (torch.arange(0, batch.x.size(1), S) - batch.at[:, ::S]) // S
-    return lambda l, probe, state: (state["old_birth"][:, l] // K - begin[:, None]
-                                    == told[rows, state["step"] - begin, None]).float()
-
-
-def retained(model, search=None, chunks=128, batches=2):
-    """Accuracy on the stream retain for facts told less than 8 writes ago, and for those told 32 to 126 ago."""
-    right = [[], []]
-    loader, same = (data.Synthetic("retain", 64, chunks * model.c.seg, seed=(1, 2)) for _ in range(2))
+def retained(model, chunks=128, batches=2):
+    """Accuracy on the task retain for facts told less than 8 writes ago, and for those told 32 to 126 ago."""
+    right, S = [[], []], model.c.seg
+    loader, same = (tasks.TaskLoader("retain", 64, chunks * S, seed=(1, 2)) for _ in range(2))
     for _ in range(batches):
-        if search:
-            model.score = search(model, same.next())
-        for batch, _, hit in stream.evaluate(model, loader, 1):
-            t, asked = batch.at // model.c.seg, batch.y >= 0
-            right[0] += hit[asked & (t < 8)].tolist()
-            right[1] += hit[asked & (t >= 32)].tolist()
+        batch = same.next()
+        model.told = (torch.arange(0, batch.x.size(1), S) - batch.distance[:, ::S]) // S     # (B, segments)
+        for batch, _, correct in stream.evaluate(model, loader, 1):
+            t, asked = batch.distance // S, batch.y >= 0
+            right[0] += correct[asked & (t < 8)].tolist()
+            right[1] += correct[asked & (t >= 32)].tolist()
     return [sum(r) / len(r) for r in right]
 
 
@@ -387,8 +383,10 @@ def retained(model, search=None, chunks=128, batches=2):
 def test_what_fell_out_of_the_pool_is_found_in_the_store(tmp_path):
     """Trained on 16 segments, asked over 128: N/K is 8 writes, the store lasts for 128."""
     assert train.main("""--model=mplus --data=retain --ask=self --query=1 --seg=4 --segments=16 --layers=2 --heads=2
-        --width=64 --batch=64 --lr=3e-3 --steps=400 --validate=400 --windows=4 --device=cpu""".split()
+        --width=64 --batch=64 --lr=3e-3 --steps=400 --eval_interval=400 --eval_batches=4 --device=cpu""".split()
                       + [f"--out={tmp_path}"]) == 0
     model = nanomem.load(tmp_path)[0]
-    (near, far), guess, told = retained(model), retained(model, chance), retained(model, oracle)
+    random, oracle = nanomem.load(tmp_path, search="random")[0], Oracle(model.c)
+    oracle.load_state_dict(model.state_dict())
+    (near, far), guess, told = retained(model), retained(random), retained(oracle)
     assert near > 0.85 and far > 0.5 and guess[1] < 0.15 and told[1] > 0.9

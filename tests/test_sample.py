@@ -19,7 +19,7 @@ def out(request, tmp_path_factory):
     """A model trained for two steps on the embedded book's bytes."""
     folder = tmp_path_factory.mktemp(request.param)
     train.main([f"--model={request.param}", f"--out={folder}", "--tokenizer=bytes", "--layers=2",
-                "--heads=2", "--width=32", f"--seg={S}", "--batch=2", "--segments=2", "--steps=2", "--windows=1"])
+                "--heads=2", "--width=32", f"--seg={S}", "--batch=2", "--segments=2", "--steps=2", "--eval_batches=1"])
     return str(folder)
 
 
@@ -116,14 +116,14 @@ def test_a_memory_that_is_no_memory_is_refused(say, out, tmp_path):
 
 def test_a_model_that_looks_ahead_writes_no_text(tmp_path):
     train.main(["--model=hmt", "--query=paper", "--steps=1", "--batch=1", "--segments=1", "--layers=1", "--heads=2",
-                "--width=16", "--seg=16", "--windows=1", f"--out={tmp_path}"])
+                "--width=16", "--seg=16", "--eval_batches=1", f"--out={tmp_path}"])
     with pytest.raises(UserError, match="cannot write text: query=paper looks ahead"):
         sample.main([str(tmp_path), "--prompt=A whale"])
 
 
 def test_a_model_of_a_stream_writes_no_text(tmp_path):
     train.main(["--model=gpt", f"--out={tmp_path}", "--data=needle", "--layers=1", "--heads=1", "--width=16", "--seg=8",
-                "--batch=2", "--steps=1", "--windows=1"])
+                "--batch=2", "--steps=1", "--eval_batches=1"])
     with pytest.raises(UserError, match="trained on the stream needle, which is no text"):
         sample.main([str(tmp_path)])
 

@@ -19,7 +19,7 @@ from conftest import tiny
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data=recall", "--layers=2", "--heads=2", "--width=32", "--seg=16", "--batch=4", "--segments=2",
-         "--windows=1"]
+         "--eval_batches=1"]
 
 
 def go(out, *more, model="rmt"):
@@ -27,7 +27,7 @@ def go(out, *more, model="rmt"):
 
 
 def last(out):
-    return stream.load(Path(out) / "last.pt", "checkpoint")
+    return checkpoint.load(Path(out) / "last.pt", "checkpoint")
 
 
 def same(a, b):
@@ -45,7 +45,7 @@ def same(a, b):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Ctrl-C while the n-th window is being read."""
-    def arrange(n, kind=data.Synthetic):
+    def arrange(n, kind=tasks.TaskLoader):
         read, real = [], kind.next
 
         def next_(self):
@@ -61,10 +61,10 @@ def stop_at(monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--replay", "--accum=2"], ["--data=", "--tokenizer=bytes", "--interleave=2"]],
                          ids=["bptt", "replay", "books"])
 def test_ctrl_c_and_resume_give_the_uninterrupted_run_to_the_bit(tmp_path, stop_at, model, flags, monkeypatch):
-    go(tmp_path / "whole", "--steps=4", "--validate=4", *flags, model=model)
+    go(tmp_path / "whole", "--steps=4", "--eval_interval=4", *flags, model=model)
     with monkeypatch.context() as patch:
-        stop_at(2, data.Bookmarks if "--data=" in flags else data.Synthetic)
-        assert go(tmp_path / "parts", "--steps=4", "--validate=4", *flags, model=model) == 130
+        stop_at(2, data.Loader if "--data=" in flags else tasks.TaskLoader)
+        assert go(tmp_path / "parts", "--steps=4", "--eval_interval=4", *flags, model=model) == 130
         patch.undo()
     monkeypatch.undo()
     assert last(tmp_path / "parts")["step"] == 2
@@ -88,8 +88,8 @@ def test_parts_of_a_batch_and_replay_see_the_same_gradients(tmp_path):
 
 
 def test_best_and_last_are_kept_and_loadable_by_name(tmp_path):
-    go(tmp_path, "--steps=6", "--validate=2", "--lr=1e-3")
-    rows = [float(r["validation"]) for r in csv.DictReader(open(tmp_path / "log.csv")) if r["validation"]]
+    go(tmp_path, "--steps=6", "--eval_interval=2", "--lr=1e-3")
+    rows = [float(r["val_loss"]) for r in csv.DictReader(open(tmp_path / "log.csv")) if r["val_loss"]]
     model, best = nanomem.load(tmp_path)
     assert best["step"] == 2 * (1 + rows.index(min(rows))) and abs(best["best"] - min(rows)) < 1e-9
     assert last(tmp_path)["step"] == 6 and type(model).__name__ == "RMT" and not list(tmp_path.glob("*.tmp"))
@@ -105,13 +105,13 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
         return (loss * float("nan") if len(calls) == 4 else loss), state
     monkeypatch.setattr(stream, "bptt", sick)
     with pytest.raises(UserError, match="the loss is nan at step 3: try a lower --lr; .*last.pt is the last good"):
-        go(tmp_path, "--steps=6", "--validate=2")
+        go(tmp_path, "--steps=6", "--eval_interval=2")
     assert last(tmp_path)["step"] == 2 and last(tmp_path)["best"] < 9
     assert all(v.isfinite().all() for v in last(tmp_path)["weights"].values())
 
 
 def test_a_window_that_asks_nothing_costs_nothing(tmp_path):
-    go(tmp_path, "--data=planted:gap=48:windows=4", "--segments=1", "--steps=3", "--report=1")
+    go(tmp_path, "--data=delayed:gap=48:windows=4", "--segments=1", "--steps=3", "--log_interval=1")
     losses = [float(row["loss"]) for row in csv.DictReader(open(tmp_path / "log.csv"))]
     assert losses[0] > 0 and losses[1:] == [0, 0]
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_is_never_lost(tmp_path):
     (tmp_path / "last.pt").write_bytes(kept[:len(kept) // 2])
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         go(tmp_path, "--resume", "--steps=9")
-    stream.save(tmp_path / "last.pt", "memory")
+    checkpoint.save(tmp_path / "last.pt", "memory")
     with pytest.raises(UserError, match="not a checkpoint of nanomem but a memory"):
         go(tmp_path, "--resume", "--steps=9")
 
@@ -199,13 +199,13 @@ def graphs(model, walk, K=4):
     real = torch.compile
     try:
         torch.compile = lambda f, **kw: real(f, backend=counter, **kw)
-        step = stream.step_of(model, compile=True)
+        step = stream.make_step(model, compile=True)
     finally:
         torch.compile = real
     tokens, state, made = torch.randint(64, (2, K * model.c.seg)), stream.detach(model.init_state(2)), []
     for _ in range(2):
-        begin = stream.enter(model, state, torch.tensor([True, False]))
-        _, state = walk(model, step, tokens, tokens, begin, 0.01)
+        begin = stream.reset(model, state, torch.tensor([True, False]))
+        _, state = run(model, step, tokens, tokens, begin, 0.01)
         made.append(counter.frame_count)
     return made[1], made[1] - made[0]
 
@@ -226,7 +226,7 @@ def test_a_process_compiles_any_number_of_models(monkeypatch, capsys):
     tokens = torch.randint(64, (2, 8))
     for i in range(torch._dynamo.config.recompile_limit + 1):
         model = tiny("gpt", layers=1, seg=8, mlp=8 + i)
-        stream.bptt(model, stream.step_of(model, compile=True), tokens, tokens, model.init_state(2), 0.01)
+        stream.bptt(model, stream.make_step(model, compile=True), tokens, tokens, model.init_state(2), 0.01)
     assert not capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_compiled_is_eager(name):
     model, tokens, grads = tiny(name, seg=16), torch.randint(64, (2, 48)), []
     for compile in (False, True):
         model.zero_grad()
-        stream.bptt(model, stream.step_of(model, compile=compile), tokens, tokens, model.init_state(2), 0.01)
+        stream.bptt(model, stream.make_step(model, compile=compile), tokens, tokens, model.init_state(2), 0.01)
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all((a - b).norm() <= 1e-4 * a.norm() for a, b in zip(*grads))
 
@@ -250,6 +250,6 @@ def test_it_learns_a_recall_that_gpt_cannot(tmp_path, model, steps, floors):
     """Two pairs over segments of 16 tokens; each model recalls as far back as it can see, by the distance in whole
     segments. Of an earlier segment gpt knows nothing (law 5), so that it can only guess one value in 32."""
     train.main([f"--model={model}", f"--out={tmp_path}", f"--steps={steps}", "--data=recall", "--batch=64", "--lr=5e-3",
-                "--layers=2", "--heads=2", "--width=64", "--seg=16", "--windows=1", f"--validate={steps}"])
+                "--layers=2", "--heads=2", "--width=64", "--seg=16", "--eval_batches=1", f"--eval_interval={steps}"])
     found = bench.trial(lambda: nanomem.load(tmp_path)[0], bench.TRIALS["recall"], "recall")
     assert all(f["accuracy"] > floor for f, floor in zip(found, floors)), found

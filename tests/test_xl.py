@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanomem.models.gpt import GPT, angles, norm, rotate, take
+from nanomem.models.gpt import GPT, norm, rope, rotate
 
-from conftest import TINY, tiny
-from test_laws import S, close, text, walk, watch
+from conftest import S, TINY, close, keep_embeddings, run, text, tiny
 
 
 def whole(model, tokens, visible):
     """Logits of one pass over all tokens with an explicit T x T mask: the slow definition."""
-    return model.head(model.trunk(model.embed(tokens), mask=visible)[0])
+    return model.head(model.backbone(model.embed(tokens), mask=visible)[0])
 
 
 def ij(T):
@@ -24,7 +23,7 @@ def ij(T):
 @torch.no_grad()
 def test_full_attention_is_one_causal_pass_over_everything():
     model = tiny("full")
-    assert close(walk(model, text(K=4))[0], whole(model, text(K=4), None))
+    assert close(run(model, text(K=4))[0], whole(model, text(K=4), None))
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def test_a_sliding_window_is_one_pass_with_a_banded_mask(W):
     model = tiny("window", window=W)
     i, j = ij(4 * S)
     expected = whole(model, text(K=4), (j <= i) & (j >= i - W))
-    assert close(walk(model, text(K=4))[0], expected)
+    assert close(run(model, text(K=4))[0], expected)
     assert close(model(text(K=4), model.init_state(2))[0], expected), "in blocks, of all four segments in one call"
 
 
@@ -43,7 +42,7 @@ def test_a_sliding_window_has_the_gradients_of_that_one_pass():
     state = model.init_state(2)
     state["kv"] = state["kv"].double()
     found = []
-    for logits in (lambda: walk(model, tokens, state)[0], lambda: whole(model, tokens, (j <= i) & (j >= i - 20))):
+    for logits in (lambda: run(model, tokens, state)[0], lambda: whole(model, tokens, (j <= i) & (j >= i - 20))):
         model.zero_grad()
         logits().square().sum().backward()
         found.append([p.grad for p in model.parameters()])
@@ -54,14 +53,14 @@ def test_a_sliding_window_has_the_gradients_of_that_one_pass():
 def test_transformer_xl_sees_its_segment_and_the_w_tokens_before_it():
     model = tiny("xl", window=40, layers=1)       # one layer: what was cached does not depend on what could be seen
     i, j = ij(3 * S)
-    assert close(walk(model, text())[0], whole(model, text(), (j <= i) & (j >= i // S * S - 40)))
+    assert close(run(model, text())[0], whole(model, text(), (j <= i) & (j >= i // S * S - 40)))
 
 
 def test_transformer_xl_stops_the_gradient_at_its_cache_and_a_sliding_window_does_not():
     for name, reaches in dict(xl=False, window=True).items():
         model, grads = tiny(name), []
-        watch(model, grads)
-        walk(model, text(K=2))[0][:, S:].sum().backward()
+        keep_embeddings(model, grads)
+        run(model, text(K=2))[0][:, S:].sum().backward()
         assert (grads[0].grad is not None and grads[0].grad.abs().sum() > 0) == reaches
         assert grads[1].grad.abs().sum() > 0
 
@@ -70,8 +69,8 @@ def test_transformer_xl_stops_the_gradient_at_its_cache_and_a_sliding_window_doe
 def test_the_cache_is_the_last_w_keys_and_values_at_positions_0_to_w():
     model = tiny("xl", window=40, layers=1)
     tokens = text(K=3)
-    state = walk(model, tokens)[1]
-    _, cache = GPT.trunk(model, model.embed(tokens[:, -40:]))
+    state = run(model, tokens)[1]
+    _, cache = GPT.backbone(model, model.embed(tokens[:, -40:]))
     assert state["n"].tolist() == [40, 40]
     assert close(state["kv"][:, 0, 0], cache[0][0]) and close(state["kv"][:, 0, 1], cache[0][1])
 
@@ -79,7 +78,7 @@ def test_the_cache_is_the_last_w_keys_and_values_at_positions_0_to_w():
 @torch.no_grad()
 def test_only_the_filled_part_of_the_cache_is_seen():
     model, tokens = tiny("xl", window=3 * S), text(K=2)
-    state = walk(model, tokens)[1]
+    state = run(model, tokens)[1]
     junk = dict(state, kv=torch.where(torch.arange(3 * S)[:, None] < S, 1e3, state["kv"]))   # the 2 S newest are real
     assert state["n"].tolist() == [2 * S, 2 * S]
     assert torch.equal(model(tokens[:, :S], state)[0], model(tokens[:, :S], junk)[0])
@@ -92,36 +91,31 @@ def test_reach_grows_with_depth_a_window_per_layer():
     for layers in (1, 2, 3):
         model, other = tiny("window", window=W, layers=layers), tokens.clone()
         other[:, 0] += 1
-        moved = (walk(model, tokens)[0] - walk(model, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
+        moved = (run(model, tokens)[0] - run(model, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
         assert moved.nonzero().max() == layers * W
 
 
-def test_turns_add_up():
+def test_rotations_add_up():
     x = torch.randn(2, 3, 8, 16, dtype=torch.double)
-    by = lambda n: angles(torch.full((1,), n), 16)
+    by = lambda n: rope(torch.full((1,), n), 16)
     assert torch.allclose(rotate(rotate(x, by(7)), by(-3)), rotate(x, by(4)), atol=1e-5)
     assert torch.allclose(rotate(x, by(5)).norm(dim=-1), x.norm(dim=-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_bricks_are_what_the_library_and_a_matrix_for_each_pair_say(dtype, monkeypatch):
+def test_rope_multiplies_each_pair_with_a_rotation_matrix(dtype):
     x, D, near = torch.randn(2, 3, 5, 16, dtype=dtype), 16, 4 * max(torch.finfo(dtype).eps, 1e-6)
-    assert norm(x).dtype == dtype and norm(0 * x).eq(0).all()
-    assert torch.allclose(norm(x), F.rms_norm(x, (D,)), rtol=near)
     slow = x.double().clone()
     for t, i in itertools.product(range(5), range(D // 2)):
         theta = (3 + t) / 10_000 ** (2 * i / D)
-        turn = torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]]).double()
-        slow[..., t, 2 * i:2 * i + 2] = slow[..., t, 2 * i:2 * i + 2] @ turn.T
-    for compiling in (False, True):                                  # two ways to write the same product
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-        y = rotate(x, angles(torch.arange(3, 8), D))
-        assert y.dtype == dtype and torch.allclose(y.double(), slow, rtol=near, atol=near)
+        matrix = torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]]).double()
+        slow[..., t, 2 * i:2 * i + 2] = slow[..., t, 2 * i:2 * i + 2] @ matrix.T
+    y = rotate(x, rope(torch.arange(3, 8), D))
+    assert y.dtype == dtype and torch.allclose(y.double(), slow, rtol=near, atol=near)
 
 
-def test_taking_rows_is_indexing_with_its_gradient():
-    x, i = torch.randn(2, 7, 5, dtype=torch.double, requires_grad=True), torch.randint(7, (2, 3, 4))
-    rows = [take(x, i), torch.stack([x[b][i[b]] for b in range(2)])]
-    assert torch.equal(*rows)
-    weights = torch.randn_like(rows[0])
-    assert torch.allclose(*(torch.autograd.grad((r * weights).sum(), x)[0] for r in rows))
+def test_norm_keeps_type_and_zero():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, 16, dtype=dtype)
+        assert norm(x).dtype == dtype and norm(0 * x).eq(0).all()
+        assert torch.allclose(norm(x).double().square().mean(-1), torch.ones(2, 3).double(), atol=0.02)

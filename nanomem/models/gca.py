@@ -1,4 +1,4 @@
-"""Grouped cross-attention: text is cut into chunks, and each chunk learns which earlier chunks to read again."""
+"""Grouped cross-attention: the text is cut into chunks, and each chunk learns which earlier chunks to look at again."""
 from dataclasses import dataclass
 
 import torch
@@ -6,28 +6,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, angles, band, norm, rotate, take
+from .gpt import GPT, Block, full_precision, norm, rope, rotate
+from .xl import WindowAttention, window_mask
 
 
 @dataclass
 class Config(gpt.Config):
     chunk: int = -1              # m, tokens in a chunk; -1 takes up to 64, and no more than a quarter of a segment
-    topk: int = 4                # k, chunks that each chunk reads again; 0 leaves only the window
-    groups: int = 1              # G, retrievals on the way up, each of which knows what the one before has found
-    window: int = -4             # W, rows before itself that a row attends to; -n: n chunks; 0: its whole segment
+    topk: int = 4                # k, chunks that are retrieved for each chunk; 0 leaves only the window
+    groups: int = 1              # G, groups of upper layers; each group retrieves anew, knowing what the last one found
+    window: int = -4             # W, positions before itself that a position sees; -n: n chunks; 0: its whole segment
     bank: int = -1               # M, chunks that are kept, the newest; -1 keeps eight segments
     retrieval: str = "learned"   # how the k are chosen: learned, random or recent
-    bypass: bool = True          # what was read goes into the MLP only, not into the residual stream
-    sink: bool = False           # a row may turn away from a chunk: one more key in it, which says nothing
-    host: bool = False           # the bank lies in the memory of the CPU, wherever the model is
+    bypass: bool = True          # what was retrieved goes into the MLP only, not into the residual stream
+    sink: bool = False           # a position may turn away from a chunk: one more key in it, which says nothing
+    host: bool = False           # the bank lies in the CPU's memory, wherever the model is
 
     m = property(lambda c: c.chunk if c.chunk > 0 else
                  max(d for d in range(1, max(1, min(64, c.seg // 4)) + 1) if c.seg % d == 0))
-    U = property(lambda c: c.m + (c.topk > 0))                             # rows of a chunk: its tokens and a landmark
+    U = property(lambda c: c.m + (c.topk > 0))                             # positions of a chunk: tokens and a landmark
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.U)
     s = property(lambda c: c.seg // c.m)                                   # chunks of a segment
     M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
-    lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not read the bank
+    lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not see the bank
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,23 +37,28 @@ class Config(gpt.Config):
         assert self.topk >= 0, f"topk counts chunks, got {self.topk}"
         upper = self.layers - self.lower
         assert not self.topk or self.M >= max(self.s, self.topk), \
-            f"a bank of {self.M} chunks cannot hold the {self.s} of a segment and the {self.topk} that are read"
+            f"a bank of {self.M} chunks cannot hold the {self.s} of a segment and the {self.topk} that are retrieved"
         assert self.groups > 0 and upper % self.groups == 0, f"{upper} upper layers are not {self.groups} equal groups"
         assert self.retrieval in ("learned", "random", "recent"), \
             f"retrieval is learned, random or recent, got {self.retrieval}"
 
 
-def gumbel(i, e):
-    """Gumbel noise that two whole numbers decide: who goes the same way again, in replay, meets the same noise."""
-    x = (i * 73_856_093) ^ (e * 19_349_663)
+def gumbel(i, j):
+    """Gumbel noise as a function of two whole numbers, so that replay and resume meet the same noise."""
+    x = (i * 73_856_093) ^ (j * 19_349_663)
     for _ in range(2):
         x = (x ^ x >> 15) * 0x2C1B3C6D & 0x7FFFFFFF
     return -((x >> 8) + 0.5).div(2 ** 23).log().neg().log()
 
 
+def gather(x, i):
+    """x (B, N, ...) and indices i (B, n, k) -> x at these places, (B, n, k, ...)."""
+    first = x.size(1) * torch.arange(len(x), device=x.device)[:, None, None]
+    return x.flatten(0, 1).index_select(0, (first + i.to(x.device)).flatten()).unflatten(0, i.shape)
+
+
 class CrossAttention(nn.Module):
-    """Every row attends to each of k chunks by itself, with one softmax a chunk, and w mixes the k answers: here their
-    values, so that one product adds them up. Fused attention gives k answers apart, and takes longer on a CPU."""
+    """Every position attends to each of k chunks separately, with a softmax for each chunk; w mixes the k answers."""
 
     def __init__(self, c):
         super().__init__()
@@ -61,36 +67,36 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(c.width, c.width, bias=False)
 
     def forward(self, x, kv, w):
-        """Rows x (B, n, u, C) of n chunks; each reads k chunks, kv (B, n, H, k, m, 2D), with weights w (B, n, k)."""
+        """Positions x (B, n, u, C) of n chunks, keys and values kv (B, n, k, H, m, 2D) of k chunks for each of them,
+        weights w (B, n, k) -> (B, n, u, C)."""
         if self.sink:
             kv = F.pad(kv, (0, 0, 0, 1))                                       # a key and a value of zeros
-        q = self.q(x).unflatten(3, (kv.size(2), -1)).transpose(2, 3)           # (B, n, H, u, D)
-        k, v = kv.type_as(q).chunk(2, -1)                                      # (B, n, H, k, m, D) both
-        s = q * q.size(-1) ** -0.5 @ k.flatten(3, 4).mT                        # (B, n, H, u, k m)
-        p = s.unflatten(4, k.shape[3:5]).softmax(-1).type_as(q).flatten(4)
-        v = (v * w[:, :, None, :, None, None].type_as(v)).flatten(3, 4)        # (B, n, H, k m, D)
-        return self.out((p @ v).transpose(2, 3).flatten(3))                    # (B, n, u, C)
+        q = self.q(x).unflatten(3, (kv.size(3), -1)).transpose(2, 3)           # (B, n, H, u, D)
+        k, v = kv.type_as(q).chunk(2, -1)                                      # (B, n, k, H, m, D)
+        q = q[:, :, None].expand(-1, -1, kv.size(2), -1, -1, -1)               # (B, n, k, H, u, D)
+        y = F.scaled_dot_product_attention(*(z.flatten(0, 2) for z in (q, k, v))).unflatten(0, w.shape)
+        y = torch.einsum("bnk,bnkhud->bnuhd", w.type_as(y), y)                 # a = sum_j w_j o_j
+        return self.out(y.flatten(3))
 
 
 class GCA(GPT):
-    """Text in chunks of m tokens, each closed by a landmark row; all chunks of a call at once. The lower layers see
-    a window. What they make of a chunk is encoded, once, to a key (at its landmark) and to keys and values (at its
-    tokens), and joins the bank. In the upper layers a landmark asks the bank, and the chunk after it reads the answer.
+    """Text in chunks of m tokens, each closed by a landmark. All chunks of a call are processed at once. The lower layers
+    see a window. What they make of a chunk is encoded, once, into a key (at its landmark) and into keys and values (at
+    its tokens), and joins the bank. In the upper layers the landmark of chunk t asks the bank, and chunk t+1 looks at
+    what was found.
 
-    state    key (B, M, C) and bank (B, M, H, m, 2D), chunk i in place i mod M   n (B,) chunks so far   ask (B, G, C)
-             the question of the last landmark   near (B, L, 2, H, W, D) keys and values of the window
-    read     scores s = <ask, key> / sqrt(C), w = softmax over the k best; every row attends to each of the k chunks by
+    state    key (B, M, C) and bank (B, M, H, m, 2D) of the last M chunks, the newest last   n (B,) chunks so far
+             ask (B, G, C) what the last landmark asks   near (B, L, 2, H, W, D) keys and values of the window
+    read     score = <ask, key> / sqrt(C), w = softmax over the k best. Every position attends to each of the k chunks by
              itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
-    write    a full chunk takes the place of the oldest. In eval mode under no_grad this happens in place, so that a
-             million tokens are read without a copy of the bank: the state that was passed in then holds the new chunks
-             as well, where it does not look (if its bank was full: instead of the oldest)
+    write    the chunks of a full segment come in, and the oldest go
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
-             all reading goes, do not start at zero; the Gumbel noise that explores in training is a function of the two
+             all retrieval goes, do not start at zero; the Gumbel noise that explores in training is a function of the two
              chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
     """
-    Config = Config
-    parallel = property(lambda model: max(1, model.c.M // model.c.s) if model.c.W else 1)      # all of them in the bank
+    Config, Attention = Config, WindowAttention
+    parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
 
     def __init__(self, c):
         super().__init__(c)
@@ -104,126 +110,132 @@ class GCA(GPT):
         for block in self.blocks[c.lower:]:
             nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
+    def for_length(self, T):
+        return dict(bank=T // self.c.m)
+
     def init_state(self, B):
         c, like = self.c, self.head.weight
-        zeros = lambda *shape, at=like.device: torch.zeros(B, *shape, device=at)
+        zeros = lambda *shape, device=like.device: torch.zeros(B, *shape, device=device)
         return dict(key=zeros(c.M, c.width),
-                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, at="cpu" if c.host else like.device),
-                    ask=zeros(c.groups, c.width), n=zeros().long(),
-                    near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))     # in the order of `write`: one graph for both
+                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, device="cpu" if c.host else like.device),
+                    n=zeros().long(), ask=zeros(c.groups, c.width),
+                    near=zeros(c.layers, 2, c.heads, c.W, c.head_dim))
 
     def read(self, state):
-        """Beside the state: the open chunk as the lower layers left it, and what was found for it once it has begun."""
-        near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W, D)
-        return dict(state, near=near, open=state["ask"].new_zeros(len(state["n"]), 1, 0, self.c.width), found={})
+        """A segment begins: the state, and of this segment the keys and the bank entries of its chunks, the open chunk as
+        the lower layers put it out, and what was found for it and for the others."""
+        c, B = self.c, len(state["n"])
+        empty = state["ask"].new_zeros
+        return dict(state, near=[layer.unbind(1) for layer in state["near"].unbind(1)],      # L times k, v (B, H, W, D)
+                    new_key=empty(B, 0, c.width), new_bank=empty(B, 0, c.heads, c.m, 2 * c.head_dim),
+                    open=empty(B, 0, c.width), found=[], picks=empty(B, 0, c.groups, c.topk).long())
 
     def extend(self, tokens, cache):
-        """Whole chunks go side by side; one that is open, or stays open, goes by itself."""
+        """Whole chunks go side by side. A chunk that is open, or that stays open, goes alone."""
         m, logits = self.c.m if self.c.topk else self.c.seg, []
         while tokens.size(1):
-            left = m - cache["open"].size(2)
-            T = tokens.size(1) // m * m if left == m <= tokens.size(1) else min(left, tokens.size(1))
-            x, cache = self.chunks(self.embed(tokens[:, :T]).unflatten(1, (max(1, T // m), -1)), cache)
+            left = m - cache["open"].size(1)
+            whole = tokens.size(1) // m * m if left == m else 0
+            part, tokens = tokens.tensor_split([whole or min(left, tokens.size(1))], 1)
+            x, cache = self.chunks(self.embed(part).unflatten(1, (max(1, whole // m), -1)), cache)
             logits.append(self.head(x))
-            tokens = tokens[:, T:]
-        return logits[0] if len(logits) == 1 else torch.cat(logits, 1), cache
+        return torch.cat(logits, 1), cache
 
     def chunks(self, x, cache):
-        """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> last hidden states (B, n u, C), and
-        the cache, whose `picks` tell which chunks were found for them: for each group (B, n, k), -1 for none."""
+        """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> hidden states (B, n u, C), cache."""
         c, cache, (B, n, u, _) = self.c, dict(cache), x.shape
-        full = c.topk > 0 and cache["open"].size(2) + u == c.m
+        first = cache["new_key"].size(1)                                       # chunks of this segment before x
+        full = c.topk > 0 and cache["open"].size(1) + u == c.m
         if full:
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
-        rows = lambda x: x.unflatten(1, (n, -1))                               # (B, n (u+1), C) -> (B, n, u+1, C)
-        P, R = cache["near"][0][0].size(2), n * x.size(2)
-        first = (P - c.W) // c.U                                               # chunks of this call before x
-        turn, mask = angles(torch.arange(P, P + R, device=x.device), c.head_dim), self.mask(cache["n"], P, R)
-        x, near, asked, found = x.flatten(1, 2), [], [], dict(cache["found"])
+        by_chunk, x = (lambda x: x.unflatten(1, (n, -1))), x.flatten(1, 2)     # (B, n u, C) -> (B, n, u, C)
+        P, T = cache["near"][0][0].size(2), x.size(1)
+        angles = rope(torch.arange(P, P + T, device=x.device), c.head_dim)
+        mask, near = self.mask(cache["n"], P, T), []
         for block, past in zip(self.blocks[:c.lower], cache["near"]):
-            x, kv = block(x, turn, past, mask)
+            x, kv = block(x, angles, past, mask)
             near.append(kv)
         if c.topk:
-            cache["open"] = torch.cat([cache["open"].expand(-1, n, -1, -1), rows(x)], 2)
+            h = torch.cat([cache["open"], x], 1)
+            cache["open"] = h[:, :0] if full else h
         if full:
-            cache.update(self.join(cache["open"], first, cache), open=cache["open"][:, :1, :0])
+            key, kv = self.encode(by_chunk(h))
+            cache["new_key"] = torch.cat([cache["new_key"], key], 1)
+            cache["new_bank"] = torch.cat([cache["new_bank"], kv], 1)
+        found, asks = list(cache["found"]), []
         for l, (block, cross, past) in enumerate(zip(self.blocks[c.lower:], self.cross, cache["near"][c.lower:])):
             g, inside = divmod(l * c.groups, c.layers - c.lower)
             if not inside:                                                     # group g of layers begins
-                ask = cache["ask"][:, g:g + 1]
+                ask = cache["ask"][:, g:g + 1]                                 # (B, 1, C) of the last landmark
                 if full:
-                    q = norm(rows(x)[:, :, -1]) * self.gain[g]                 # (B, n, C) of the landmarks
-                    ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asks, chunk t+1 reads
-                    asked.append(q[:, -1])
-                if g not in found:
-                    found[g] = self.find(ask, first, g, cache)
-            y, kv = block.attention(norm(x), turn, past, mask)
+                    q = norm(by_chunk(x)[:, :, -1]) * self.gain[g]             # (B, n, C) of the landmarks
+                    ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asks, chunk t+1 looks at
+                    asks.append(q[:, -1])
+                if g == len(found):                                            # once for a chunk
+                    found.append(self.find(ask, first, g, cache))
+            y, kv = block.attention(norm(x), angles, past, mask)
             near.append(kv)
             x = x + y
-            heard = x + cross(rows(norm(x)), *found[g][:2]).flatten(1, 2)
-            x = (x if c.bypass else heard) + block.mlp(norm(heard))
+            with_chunks = x + cross(by_chunk(norm(x)), *found[g][:2]).flatten(1, 2)
+            x = (x if c.bypass else with_chunks) + block.mlp(norm(with_chunks))
+        if c.topk and not cache["found"]:
+            cache["picks"] = torch.cat([cache["picks"], torch.stack([picks for *_, picks in found], 2)], 1)
         if full:
-            cache["ask"] = torch.stack(asked, 1).to(cache["ask"].dtype)
-        cache.update(near=near, found={} if full else found, picks=[picks for _, _, picks in found.values()])
-        return norm(rows(x)[:, :, :u].flatten(1, 2)), cache
+            cache["ask"] = torch.stack(asks, 1).to(cache["ask"].dtype)
+        cache.update(near=near, found=[] if full else found)
+        return norm(by_chunk(x)[:, :, :u].flatten(1, 2)), cache
 
-    def mask(self, n, P, R):
-        """What each of R rows behind P others may see, given n (B,) chunks so far: itself and the W rows before it."""
+    def mask(self, n, P, T):
+        """What each of T positions behind P others may see, given n (B,) chunks so far: itself and the W before it."""
         c = self.c
         if not c.W:
             return None
-        return band(c.W - n * c.U, P, R, c.W, max(c.W // 2, c.U))
+        block = max(d for d in range(1, max(c.W // 2, c.U) + 1) if T % d == 0)
+        return window_mask(c.W - n * c.U, P, T, c.W, block)
 
-    def join(self, h, first, cache):
-        """Full chunks, all rows of them h (B, n, U, C), are encoded: key and bank with them in it; behind these, what
-        lost its place to a second or later segment of this call, for until then it is seen."""
-        c, (B, n, _, _) = self.c, h.shape
-        turn = angles(torch.arange(c.U, device=h.device), c.head_dim)
-        all_see_all = torch.ones(c.U, c.U, dtype=torch.bool, device=h.device)
-        z = norm(self.encoder(norm(h.flatten(0, 1)), turn, mask=all_see_all)[0]).unflatten(0, (B, n))
-        kv = self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)            # (B, n, H, m, 2D)
-        place = (cache["n"][:, None] + torch.arange(first, first + n, device=h.device)) % c.M
-        joined = {}
-        for name, new in dict(key=z[:, :, c.m], bank=kv).items():
-            old = cache[name]
-            row, at = torch.arange(B, device=old.device)[:, None], place.to(old.device)
-            if self.training or torch.is_grad_enabled() or n > c.s:
-                old = torch.cat([old, old[row, at[:, max(0, c.s - first):]]], 1)           # (B, M + chunks, ...)
-            old[row, at] = new.to(old)
-            joined[name] = old
-        return joined
+    def encode(self, h):
+        """Full chunks h (B, n, U, C) -> their keys (B, n, C), and their keys and values (B, n, H, m, 2D)."""
+        c, (B, n, U, _) = self.c, h.shape
+        angles = rope(torch.arange(U, device=h.device), c.head_dim)
+        both_ways = torch.ones(U, U, dtype=torch.bool, device=h.device)
+        z = norm(self.encoder(norm(h.flatten(0, 1)), angles, mask=both_ways)[0]).unflatten(0, (B, n))
+        return z[:, :, c.m], self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)
 
     def find(self, ask, first, g, cache):
-        """For chunks first, first+1, ... of this call, what their predecessors asked for, ask (B, n, C): keys and
-        values of k chunks (B, n, H, k, m, 2D), their weights (B, n, k) and their numbers (B, n, k)."""
-        c, (_, n, C), key, bank = self.c, ask.shape, cache["key"], cache["bank"]
-        before, i = cache["n"][:, None], torch.arange(first, first + n, device=ask.device)
-        t = (before + i - 1)[..., None]                                        # (B, n, 1) who asks
-        end = (before + i // c.s * c.s + c.s - 1)[..., None]                   # (B, n, 1) last chunk of its segment
-        last = end[:, -1]                                                      # (B, 1) of this call
-        e = last - (last - torch.arange(c.M, device=ask.device)) % c.M         # (B, M) whose place it is by then
-        lost = before - c.M + torch.arange(c.s, c.s + key.size(1) - c.M, device=ask.device)
-        e = torch.cat([e, lost], 1)                                            # (B, M + lost): see `join`
-        e = e.where(e >= 0, last)[:, None]                                     # an empty place is nobody's past
-        learned = c.retrieval == "learned"
-        with torch.autocast(ask.device.type, enabled=False):                   # close scores must not swap ranks
-            s = ask.to(key.dtype) * (learned / C ** 0.5) @ key.mT              # (B, n, M)
-        rank = s + e if c.retrieval == "recent" else s
-        if c.retrieval == "random" or learned and self.training:
-            rank = s + gumbel(t * c.groups + g, e)
-        seen = (e < t) & (e > end - c.M)                                       # past, and not yet out of the bank
-        top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1).indices     # (B, n, k)
-        picks, real = e.expand_as(s).gather(2, top), seen.gather(2, top)
-        w = s.gather(2, top).masked_fill(~real, torch.finfo(s.dtype).min).softmax(-1) * real     # without the noise
-        rows = top[:, :, None] * c.heads + torch.arange(c.heads, device=top.device)[:, None]     # (B, n, H, k)
-        kv = take(bank.flatten(1, 2).flatten(2), rows.to(bank.device)).unflatten(4, bank.shape[3:]).to(ask.device)
-        return kv, w, picks.where(real, -1)
+        """For chunks first, first+1, ... of this segment, what the chunk before each asks, ask (B, n, C) -> the keys and
+        values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for none."""
+        c, n, device = self.c, cache["n"][:, None], ask.device
+        i = torch.arange(first, first + ask.size(1), device=device)
+        reader = (n + i)[..., None]                                            # (B, n, 1) the chunk that looks
+        end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
+        ids = (n - c.M + torch.arange(c.M + cache["new_key"].size(1), device=device))[:, None]    # (B, 1, M + new)
+        seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # past, and not gone when its segment ends
+        with full_precision(ask):                                              # close scores must not change places
+            key = torch.cat([cache["key"], cache["new_key"].to(cache["key"])], 1)
+            score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)
+        noise = gumbel((reader - 1) * c.groups + g, ids) if self.training or c.retrieval == "random" else 0
+        rank = dict(learned=score + noise, random=0 * score + noise, recent=0 * score + ids)[c.retrieval]
+        best, top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1)       # (B, n, k)
+        real = best > -torch.inf
+        score = score.gather(2, top) * (c.retrieval == "learned")              # without the noise
+        w = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1) * real
+        kv = gather(cache["bank"], top.clamp(max=c.M - 1)).to(device)
+        if cache["new_bank"].size(1):
+            new = gather(cache["new_bank"], (top - c.M).clamp(min=0)).to(kv.dtype)
+            kv = torch.where((top < c.M)[..., None, None, None], kv, new)
+        return kv, w, ids.expand_as(seen).gather(2, top).where(real, -1)
+
+    def retrieved(self, cache):
+        """First and one-past-last token of the text, (B, T, G k, 2), of each chunk that each token of this segment has
+        looked at, -1 for none."""
+        picks = cache["picks"].flatten(2).repeat_interleave(self.c.m, 1)       # (B, T, G k)
+        return torch.stack([picks * self.c.m, (picks + 1) * self.c.m], -1).where(picks[..., None] >= 0, -1)
 
     def write(self, cache, state):
-        c, near = self.c, cache["near"]
-        P = near[0][0].size(2)
-        turn = angles(torch.full((1,), c.W - P, device=state["n"].device), c.head_dim)
-        near = torch.stack([torch.stack([rotate(k[:, :, P - c.W:], turn), v[:, :, P - c.W:]], 1) for k, v in near], 1)
-        key, bank = (cache[k] if cache[k].size(1) == c.M else cache[k][:, :c.M].clone() for k in ("key", "bank"))
-        return dict(key=key, bank=bank, ask=cache["ask"], n=state["n"] + (P - c.W) // c.U,
+        c, near, new = self.c, cache["near"], cache["new_key"].size(1)
+        past = near[0][0].size(2) - c.W                                        # positions that leave the window
+        back = rope(torch.full((1,), -past, device=state["n"].device), c.head_dim)
+        near = torch.stack([torch.stack([rotate(k[:, :, past:], back), v[:, :, past:]], 1) for k, v in near], 1)
+        newest = lambda name: torch.cat([state[name], cache[f"new_{name}"].to(state[name])], 1)[:, new:].clone()
+        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + past // c.U, ask=cache["ask"],
                     near=near.to(state["near"].dtype))

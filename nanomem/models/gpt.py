@@ -30,12 +30,14 @@ class Config:
             f"width {self.width} does not split into {self.heads} heads of an even width"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Building blocks
-
 def norm(x):
     """RMSNorm without weights: the linear map that follows can learn them."""
     return F.rms_norm(x, x.shape[-1:])
+
+
+def full_precision(x):
+    """A context in which autocast is off on the device of x: for values that bfloat16 would round away."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def rope(positions, D):
@@ -114,9 +116,6 @@ class Block(nn.Module):
         return x + self.mlp(norm(x)), kv
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
 class GPT(nn.Module):
     """A GPT that sees one segment at a time and remembers nothing: the baseline under every other model.
 
@@ -140,7 +139,7 @@ class GPT(nn.Module):
     @staticmethod
     def init(module):
         """All initial weights. Linear maps keep the scale of their input. An MLP adds nothing at first. Attention starts
-        with GPT-2's 1/sqrt(2 L) and not at zero: models read their memory through it, and a zero would stop the gradient."""
+        with GPT-2's 1/sqrt(2 L), not at zero: memory is read through it, and a zero would stop the gradient."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
         if isinstance(module, MLP):
@@ -169,7 +168,7 @@ class GPT(nn.Module):
         return norm(x), longer
 
     def scored(self):
-        """Which of a segment's S predictions count in loss and accuracy: all, unless the model has seen their target."""
+        """Which of a segment's S predictions count in the loss: all, unless the model has seen their target."""
         return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def for_length(self, T):

@@ -13,9 +13,9 @@ QUERIES = ("prev", "split", "paper")
 @dataclass
 class Config(gpt.Config):
     mem: int = -1            # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
-    sensory: int = -1        # k, last tokens of the segment before that are read again; -1 takes an eighth of a segment
-    bank: int = 64           # N, memories that are kept, one of each of the last N segments
-    query: str = "prev"      # half a segment that asks: prev (before this one), split (its first), paper (looks ahead)
+    sensory: int = -1        # k, last tokens of the segment before that are shown again; -1 takes an eighth of a segment
+    bank: int = 64           # N, memories that are kept, one for each of the last N segments
+    query: str = "prev"      # the half segment that asks: prev (before this one), split (its first), paper (looks ahead)
     search: str = "learned"  # learned, or uniform: the mean of the bank
 
     M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
@@ -33,27 +33,27 @@ class Config(gpt.Config):
 
 
 class HMT(GPT):
-    """Three memories: the last k tokens again (sensory), one memory of M rows a segment (short-term), and a bank of the
-    last N of those (long-term). A summary of half a segment searches the bank; the mix that it finds, P, stands where
-    RMT has the newest memory.
+    """Three memories: the last k tokens again (sensory), M memory tokens for each segment (short-term), and a bank of
+    the last N of those memories (long-term). A summary of half a segment searches the bank. What it finds, the mix P,
+    stands where RMT has the newest memory.
 
-        S = trunk([prompt ; half a segment ; prompt]) at the last row                              eq. 1
-        w = softmax over the bank of (S Wq) (bank Wk)^T / sqrt(C)                                  eq. 2
-        P = gain sum of w bank                                                                     eq. 3
-        [. ; . ; H ; memory] = trunk([P ; sensory ; segment ; P]),  logits = head(H)               eq. 4-5
+        summary = backbone([prompt ; half a segment ; prompt]) at the last position                eq. 1
+        w       = softmax over the bank of (summary Wq) (bank Wk)^T / sqrt(C)                      eq. 2
+        P       = gain * sum of w bank                                                             eq. 3
+        [. ; . ; h ; memory] = backbone([P ; sensory ; segment ; P]),  logits = head(h)            eq. 4-5
 
-    state    bank (B, N, M, C) memories, the newest last   n (B,) filled
-             ids (B, k or S/2) the last tokens of the segment before, -1 where a book has just begun
-    read     P as M rows in front. query=prev: the end of the last segment asks. split: the newest memory in front, then
-             the first half asks, and P stands between the halves
-    write    what the trunk makes of a copy of P behind; the bank moves up by one and the oldest memory is gone
-    paper    Hierarchical Memory Transformer 2405.06067, section 3, eq. 1-5, figure 1
-    departs  the paper's own query is the first half of the segment that P is then put in front of, so that this half
-             can be guessed from P: query=paper, which cannot stream, and is scored on clean positions only. A learned
-             gain on P, from 1, since our embeddings have unit RMS as hidden states do; Wq = Wk at the start, a search
-             for what is alike; M rows where the paper has one, each searching its own past; a book's first segment has
-             rows of zeros as sensory tokens; the summary is made in every segment's own call, also where there is no
-             choice yet, not for all segments of a window at once (on a CPU that is no faster from 8 rows on)
+    state    bank (B, N, M, C) memories, the newest last   n (B,) how many are filled
+             ids (B, k or S/2) the last tokens of the segment before, -1 at the start of a document
+    read     P as M tokens in front. query=prev: the end of the segment before asks. query=split: the newest memory
+             stands in front, then the first half asks, and P stands between the halves
+    write    the hidden states of a copy of P behind the segment; the bank moves up by one and loses its oldest memory
+    paper    Hierarchical Memory Transformer 2405.06067, section 3, eq. 1-5, figure 1. Its S_n is our summary, its H our h
+    departs  in the paper the first half of a segment asks for the P that is then put in front of that half, so that the
+             half can be guessed from P: query=paper, which cannot stream and is scored only where it has not seen the
+             target. A learned gain on P, from 1, since our embeddings have unit RMS, as hidden states do. Wq = Wk at
+             the start: a search for what is alike. M memory tokens where the paper has one; each searches its own past.
+             The first segment of a document has zeros as sensory tokens. The summary is made in every segment's own
+             call, also where there is no choice yet, and not for all segments at once
     """
     Config = Config
 
@@ -79,25 +79,29 @@ class HMT(GPT):
         return count
 
     def embed_previous(self, ids):
-        """Tokens of the segment before, embedded anew; zeros where there was none, so that shapes never change."""
+        """Embeddings of tokens of the segment before; zeros where there was none, so that shapes never change."""
         return self.embed(ids.clamp(min=0)) * (ids >= 0)[..., None]           # (B, k or j, C)
 
     def sensory(self, state):
         return self.embed_previous(state["ids"][:, self.c.tail - self.c.k:])           # (B, k, C)
 
+    def summary(self, half):
+        """One vector for half a segment of embeddings (B, j, C): (B, C)."""
+        prompt = self.prompt.expand(len(half), 1, -1)
+        return self.backbone(torch.cat([prompt, half, prompt], 1))[0][:, -1]  # eq. 1
+
     def weights(self, state, tokens=None):
-        """How much each row of P takes from each memory of the bank, w (B, M, N). `tokens` is the coming segment, of
-        which query=prev needs nothing."""
+        """How much each token of P takes from each memory of the bank, w (B, M, N). `tokens` is the coming segment;
+        query=prev needs nothing of it."""
         c, bank = self.c, state["bank"]
-        empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
         score = bank.new_zeros(len(bank), c.M, c.bank)
         if c.search == "learned":
-            half = self.embed_previous(state["ids"][:, c.tail - c.j:]) if c.query == "prev" else self.embed(tokens[:, :c.j])
-            prompt = self.prompt.expand(len(bank), 1, -1)
-            S = self.backbone(torch.cat([prompt, half, prompt], 1))[0][:, -1]    # (B, C)  eq. 1
-            q = self.query(S) @ self.key.weight                               # q (bank Wk)^T = (q Wk^T) bank^T: no keys
+            half = self.embed_previous(state["ids"][:, c.tail - c.j:]) if c.query == "prev" else \
+                self.embed(tokens[:, :c.j])
+            q = self.query(self.summary(half)) @ self.key.weight              # q (bank Wk)^T = (q Wk^T) bank^T
             score = torch.einsum("bc,bnmc->bmn", q, bank) * c.width ** -0.5   # (B, M, N)
-        return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)    # eq. 2
+        empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
+        return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)                  # eq. 2
 
     def recall(self, state, tokens=None):
         return self.gain * torch.einsum("bmn,bnmc->bmc", self.weights(state, tokens), state["bank"])    # eq. 3
@@ -118,30 +122,30 @@ class HMT(GPT):
         return P, kv, state["ids"][:, :0], state if split else None           # the tokens so far, and what to search
 
     def extend(self, tokens, cache):
-        P, kv, page, state = cache
-        page = torch.cat([page, tokens], 1)
-        if state is None or page.size(1) < self.c.j:
+        P, kv, seen, state = cache
+        before, seen = seen.size(1), torch.cat([seen, tokens], 1)
+        if state is None or seen.size(1) < self.c.j:
             h, kv = self.backbone(self.embed(tokens), kv)
-            return self.head(h), (P, kv, page, state)
-        half = self.c.j - page.size(1) + tokens.size(1)                       # these tokens make the first half whole
-        h, kv = self.backbone(self.embed(tokens[:, :half]), kv)
-        P = self.recall(state, page)
-        rest, kv = self.backbone(torch.cat([P, self.embed(tokens[:, half:])], 1), kv)
-        return self.head(torch.cat([h, rest[:, self.c.M:]], 1)), (P, kv, page, None)
+            return self.head(h), (P, kv, seen, state)
+        first, second = self.embed(tokens).tensor_split([self.c.j - before], 1)    # the first half is complete: it asks
+        h, kv = self.backbone(first, kv)
+        P = self.recall(state, seen)
+        h2, kv = self.backbone(torch.cat([P, second], 1), kv)
+        return self.head(torch.cat([h, h2[:, self.c.M:]], 1)), (P, kv, seen, None)
 
     def write(self, cache, state):
-        P, kv, page, _ = cache
-        return self.next_state(self.backbone(P, kv)[0], page, state)
+        P, kv, seen, _ = cache
+        return self.next_state(self.backbone(P, kv)[0], seen, state)
 
     def forward(self, tokens, state):
         """Read, extend and write in one pass."""
         c, S = self.c, tokens.size(1)
         assert S == c.seg, f"a segment is {c.seg} tokens, got {S}"
-        x, P, sensory, first = self.embed(tokens), self.recall(state, tokens), self.sensory(state), c.M + c.k
+        x, P, sensory = self.embed(tokens), self.recall(state, tokens), self.sensory(state)
         if c.query == "split":
-            rows = torch.cat([self.newest(state), sensory, x[:, :c.j], P, x[:, c.j:], P], 1)    # (B, M+k+j+M+S-j+M, C)
-            h = self.backbone(rows)[0]
-            h = torch.cat([h[:, :first + c.j], h[:, first + c.j + c.M:]], 1)                    # without P in between
+            first, second = x.tensor_split([c.j], 1)
+            parts = [self.newest(state), sensory, first, P, second, P]
         else:
-            h = self.backbone(torch.cat([P, sensory, x, P], 1))[0]                                 # (B, M+k+S+M, C)  eq. 4
-        return self.head(h[:, first:first + S]), self.next_state(h[:, first + S:], tokens, state)    # eq. 5
+            parts = [P, sensory, x, P]                                        # eq. 4
+        h = self.backbone(torch.cat(parts, 1))[0].split([part.size(1) for part in parts], 1)
+        return self.head(torch.cat(h[2:-1:2], 1)), self.next_state(h[-1], tokens, state)    # eq. 5

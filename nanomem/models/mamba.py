@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, MLP, norm
+from .gpt import GPT, MLP, full_precision, norm
 
 TAPS = 4   # tokens that the short convolution sees: a token and the three before it
 
@@ -28,7 +28,6 @@ class Config(gpt.Config):
         assert self.state >= -1, f"state counts channels, got {self.state}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The selective state space (Mamba-2, eq. 2). For each head
 #     h_t = exp(a_t) h_{t-1} + dt_t x_t b_t^T          (D, N)
 #     y_t = h_t c_t + skip x_t                         (D,)
@@ -79,7 +78,7 @@ class SSM(nn.Module):
         """u (B, T, C) and the state h (B, H, D, N) -> y (B, T, C) and the next state."""
         C, H, N = self.c.width, self.c.heads, self.c.N
         z, x, b, c, dt = self.project(u).split([C, C, N, N, H], 2)
-        with torch.autocast(u.device.type, enabled=False):                     # decays need all digits of float32
+        with full_precision(u):                                                # decays need all digits of float32
             x, b, c, dt, h = (v.type_as(self.log_A) for v in (x, b, c, dt, h))
             x, dt = x.unflatten(2, (H, -1)), F.softplus(dt + self.dt_bias)     # (B, T, H, D), (B, T, H)
             run = step if u.size(1) == 1 else ssd
@@ -87,9 +86,6 @@ class SSM(nn.Module):
         y = y.flatten(2).type_as(z) * F.silu(z)                                # (B, T, C) gated
         return self.out(norm(y)), h
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
 
 def short_conv(u, last, taps):
     """A causal convolution, each channel for itself: u_t + sum_i taps_i u_{t-3+i}. u (B, T, C), the three tokens before

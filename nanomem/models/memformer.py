@@ -1,4 +1,4 @@
-"""Memformer: slots beside the text that every block reads and that are written once a segment, each for itself."""
+"""Memformer: slots beside the text, which every block reads and which are written once a segment, each on its own."""
 import math
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, angles, norm
+from .gpt import GPT, Block, full_precision, norm, rope
 
 
 @dataclass
@@ -15,7 +15,7 @@ class Config(gpt.Config):
     mem: int = -1        # M, memory slots; -1 takes one for every 4 tokens of a segment, and at least 8
     tau: float = 0.25    # temperature of the writer: the lower, the more a slot takes from a single place
     bidir: bool = False  # before it is written, a full segment passes one more block that looks both ways
-    back: bool = False   # a segment sees the tokens of the one before, which are read again: twice the work
+    back: bool = False   # a segment sees the tokens of the one before, which pass the model again: twice the work
 
     M = property(lambda c: c.mem if c.mem >= 0 else max(8, c.seg // 4))
 
@@ -25,16 +25,16 @@ class Config(gpt.Config):
         assert self.tau > 0, f"tau must be positive, got {self.tau}"
 
 
-def split(x, heads):
+def split_heads(x, heads):
     return x.unflatten(2, (heads, -1)).transpose(1, 2)                         # (B, T, C) -> (B, H, T, D)
 
 
-def merge(x):
+def merge_heads(x):
     return x.transpose(1, 2).flatten(2)                                        # (B, H, T, D) -> (B, T, C)
 
 
 class Reader(nn.Module):
-    """Attention of the tokens to the slots: all of them, no mask, and no positions, for slots have no order."""
+    """Cross-attention from the tokens to all slots. No mask, and no positions, for slots have no order."""
 
     def __init__(self, c):
         super().__init__()
@@ -43,48 +43,50 @@ class Reader(nn.Module):
         self.kv = nn.Linear(c.width, 2 * c.width, bias=False)
         self.out = nn.Linear(c.width, c.width, bias=False)
 
-    def slots(self, mem):
-        return split(self.kv(mem), 2 * self.c.heads).chunk(2, 1)               # keys and values, (B, H, M, D) both
+    def keys_values(self, mem):
+        return split_heads(self.kv(mem), 2 * self.c.heads).chunk(2, 1)         # (B, H, M, D) both
 
     def forward(self, x, slots):
-        q = split(self.query(x), self.c.heads)                                 # (B, H, T, D)
-        return self.out(merge(F.scaled_dot_product_attention(q, *slots)))      # (B, T, C)
+        """x (B, T, C) reads `slots`, the keys and values of the memory."""
+        q = split_heads(self.query(x), self.c.heads)                           # (B, H, T, D)
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, *slots)))    # (B, T, C)
 
 
 class Writer(nn.Module):
     """mem (B, M, C) and a segment's hidden states h (B, T, C) -> the next mem: slot attention, then forgetting.
 
     A slot looks at itself and at the tokens, never at another slot. Its own value enters as it is, and nothing is
-    projected afterwards: to look only at itself is to stay what it was. Then v pulls it towards v / |v|, and a slot
-    that is not refreshed comes halfway there in about ln 2 / ln(1 + |v| / |mem|) segments.
+    projected afterwards, so a slot that looks only at itself stays what it was. Then the forgetting vector v pulls it
+    towards v / |v|. Of the angle between a slot that is not refreshed and v, each write leaves about the part
+    1 / (1 + |v| / |mem|); that is exact in the limit of small angles.
     """
 
     def __init__(self, c):
         super().__init__()
         self.c = c
         self.query, self.key, self.value = (nn.Linear(c.width, c.width, bias=False) for _ in range(3))
-        self.v = nn.Parameter(torch.empty(c.M, c.width))   # forgetting vectors, all that tells slots apart at first
+        self.v = nn.Parameter(torch.empty(c.M, c.width))   # forgetting vectors: all that tells slots apart at first
 
     def weights(self, mem, h):
-        """Where each slot takes its next value from: itself, then each of the T tokens."""
-        q, own, k = (split(x, self.c.heads) for x in (self.query(mem), self.key(mem), self.key(h)))
+        """Where each slot takes its next value from: itself, then each of the T tokens. (B, H, M, 1+T)"""
+        q, own, k = (split_heads(x, self.c.heads) for x in (self.query(mem), self.key(mem), self.key(h)))
         u = torch.cat([(q * own).sum(-1, keepdim=True), q @ k.mT], -1)         # (B, H, M, 1+T)
         return (u / (self.c.tau * self.c.head_dim ** 0.5)).softmax(-1)
 
     def forward(self, mem, h):
-        w, values = self.weights(mem, h), split(self.value(h), self.c.heads)
-        z = w[..., :1] * split(mem, self.c.heads) + w[..., 1:] @ values        # (B, H, M, D)
-        return self.normalise(merge(z))
+        w, values = self.weights(mem, h), split_heads(self.value(h), self.c.heads)
+        z = w[..., :1] * split_heads(mem, self.c.heads) + w[..., 1:] @ values  # (B, H, M, D)
+        return self.normalise(merge_heads(z))
 
     def normalise(self, z):
         return norm(z + self.v)                                                # (B, M, C)
 
 
 class Memformer(GPT):
-    """M slots for the whole model, not for each layer: every block reads them between its attention and its MLP, and
-    the last hidden states of a full segment are what they are written from.
+    """M slots for the whole model, not for each layer. Every block reads them between its attention and its MLP. They
+    are written from the last hidden states of a full segment.
 
-    state    mem (B, M, C) float32, every slot of RMS 1    with back also last (B, S), tokens, -1 where none were read
+    state    mem (B, M, C) float32, every slot of RMS 1    with back also last (B, S), tokens, -1 where there were none
     read     x += softmax(q k^T / sqrt D) v in every block, q from x, k and v from mem
     write    w = softmax([q_i k_i, q_i K_1 .. q_i K_T] / (tau sqrt D)),  z_i = w_0 mem_i + sum_j w_j V_j,
              mem'_i = (z_i + v_i) / |z_i + v_i|,  and v_i / |v_i| to begin with
@@ -93,7 +95,7 @@ class Memformer(GPT):
     departs  one causal GPT for encoder and decoder: it writes from causal hidden states (bidir: from both sides), and
              at the first token of a segment memory is all that is known of the past (back: the segment before, too);
              slots have norm sqrt C as hidden states do, not 1, so that at the start a slot counts as much as a token;
-             what tau was is not printed
+             the paper does not print its tau
     """
     Config = Config
 
@@ -107,24 +109,24 @@ class Memformer(GPT):
 
     @staticmethod
     def init(module):
-        """A slot's query begins as its key and draws it to itself as much as to all S tokens together: before anything
-        is learned, what was written lives on for a few segments, and gradient finds its way back."""
+        """A slot's query begins as its key, scaled so that the slot weighs as much as all S tokens together. So memory
+        lasts for a few segments before anything is learned, and gradient finds its way back."""
         GPT.init(module)
         if isinstance(module, Reader):
             nn.init.normal_(module.out.weight, std=(2 * module.c.layers * module.c.width) ** -0.5)
         if isinstance(module, Writer):
             c = module.c
             module.query.weight.data = module.key.weight.data * c.tau * math.log(1 + c.seg) / c.head_dim ** 0.5
-            nn.init.normal_(module.v, std=0.1)       # halfway to v in seven segments
+            nn.init.normal_(module.v, std=0.1)
 
-    def trunk(self, x, slots, past=None, mask=None):
-        """GPT.trunk with a reader in every block; slots and past are the keys and values of each layer."""
+    def backbone(self, x, slots, past=None, mask=None):
+        """GPT.backbone with a reader in every block; slots and past are the keys and values of each layer."""
         past = past or [None] * self.c.layers
         P = 0 if past[0] is None else past[0][0].size(2)
-        turn = angles(torch.arange(P, P + x.size(1), device=x.device), self.c.head_dim)
+        angles = rope(torch.arange(P, P + x.size(1), device=x.device), self.c.head_dim)
         longer = []
         for block, reader, kv, seen in zip(self.blocks, self.readers, past, slots):
-            y, kv = block.attention(norm(x), turn, kv, mask)
+            y, kv = block.attention(norm(x), angles, kv, mask)
             x = x + y
             if self.c.M:                                                       # a softmax over no slots is 0 / 0
                 x = x + reader(norm(x), seen)
@@ -133,50 +135,50 @@ class Memformer(GPT):
         return norm(x), longer
 
     def init_state(self, B):
-        nothing = self.writer.v.new_zeros(B, 1, 1)
-        state = dict(mem=self.writer.normalise(nothing))
+        zero = self.writer.v.new_zeros(B, 1, 1)
+        state = dict(mem=self.writer.normalise(zero))
         if self.c.back:
-            state["last"] = nothing.new_full((B, self.c.seg), -1, dtype=torch.long)
+            state["last"] = zero.new_full((B, self.c.seg), -1, dtype=torch.long)
         return state
 
     def read(self, state):
-        slots, past, page = [reader.slots(state["mem"]) for reader in self.readers], None, None
+        slots, past, ids = [reader.keys_values(state["mem"]) for reader in self.readers], None, None
         if self.c.back:
-            page = state["last"]
-            _, past = self.trunk(self.embed(page.clamp(min=0)), slots)
-        return slots, past, page, None
+            ids = state["last"]
+            _, past = self.backbone(self.embed(ids.clamp(min=0)), slots)
+        return slots, past, ids, None
 
     def extend(self, tokens, cache):
-        slots, past, page, rows = cache
+        slots, past, ids, h = cache
         mask = None
         if self.c.back:
-            page = torch.cat([page, tokens], 1)                                # (B, P+T)
-            T, P = tokens.size(1), page.size(1) - tokens.size(1)
-            causal = torch.ones(T, P + T, dtype=torch.bool, device=page.device).tril(P)
-            mask = causal & (page >= 0)[:, None, None]                         # (B, 1, T, P+T)
-        h, past = self.trunk(self.embed(tokens), slots, past, mask)
-        rows = h if rows is None else torch.cat([rows, h], 1)                  # (B, T, C) of the whole segment so far
-        return self.head(h), (slots, past, page, rows)
+            ids = torch.cat([ids, tokens], 1)                                  # (B, P+T)
+            T, P = tokens.size(1), ids.size(1) - tokens.size(1)
+            causal = torch.ones(T, P + T, dtype=torch.bool, device=ids.device).tril(P)
+            mask = causal & (ids >= 0)[:, None, None]                          # (B, 1, T, P+T)
+        new, past = self.backbone(self.embed(tokens), slots, past, mask)
+        h = new if h is None else torch.cat([h, new], 1)                       # (B, T, C) of the whole segment so far
+        return self.head(new), (slots, past, ids, h)
 
-    def finished(self, rows):
-        """What the writer sees of a full segment (B, S, C); no logit sees it, so it may look both ways."""
+    def finished(self, h):
+        """What the writer sees of a full segment (B, S, C). No logit sees it, so it may look both ways."""
         if not self.c.bidir:
-            return rows
-        S = rows.size(1)
-        turn = angles(torch.arange(S, device=rows.device), self.c.head_dim)
-        return norm(self.both_ways(rows, turn, mask=torch.ones(S, S, dtype=torch.bool, device=rows.device))[0])
+            return h
+        S = h.size(1)
+        angles = rope(torch.arange(S, device=h.device), self.c.head_dim)
+        return norm(self.both_ways(h, angles, mask=torch.ones(S, S, dtype=torch.bool, device=h.device))[0])
 
     def write(self, cache, state):
-        *_, page, rows = cache
-        mem, h = state["mem"], self.finished(rows)
-        with torch.autocast(h.device.type, enabled=False):                     # bfloat16 would lose small changes
-            after = dict(mem=self.writer(mem, h.to(mem.dtype)))
+        *_, ids, h = cache
+        mem, h = state["mem"], self.finished(h)
+        with full_precision(h):                                                # bfloat16 would lose small changes
+            new = dict(mem=self.writer(mem, h.to(mem.dtype)))
         if self.c.back:
-            after["last"] = page[:, self.c.seg:].clone()
-        return after
+            new["last"] = ids[:, self.c.seg:].clone()
+        return new
 
     def weights(self, tokens, state):
         """The writer's attention over a whole segment, (B, H, M, 1+S): what a slot keeps, and what it takes from each
-        token. Near 1 in front it retains, near 0 it is overwritten, in between it mixes."""
-        *_, rows = self.extend(tokens, self.read(state))[1]
-        return self.writer.weights(state["mem"], self.finished(rows))
+        token. A slot whose first weight is near 1 is kept, near 0 it is overwritten."""
+        *_, h = self.extend(tokens, self.read(state))[1]
+        return self.writer.weights(state["mem"], self.finished(h))
