@@ -144,7 +144,7 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
     w, F, M, T = 8, 3, 5, 48
     K, layer = w + F + M, attention(seg=T, window=w, fading=F, eidetic=M, rope=False)
     u, y = torch.randn(2, 1, T, 16, dtype=torch.double).unbind(0)
-    out, eps, line = run_layer(layer, u, y), innovations(y)[0], []              # (kind, token) at each place of the line
+    out, eps, line = run_layer(layer, u, y), innovations(y)[0], []        # line: (kind, token) at each place
     for start in range(0, T, w):
         line += [("faded", s) for s in range(start - F, start)]
         best = eps[:start].topk(min(M, start)).indices.tolist()
@@ -223,7 +223,7 @@ def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
 
 @torch.no_grad()
 def test_without_fading_tokens_the_past_is_read_through_eidetic_tokens_alone():
-    """One layer: every eidetic token whose value changes moves the next chunk, and a state space that changes does not."""
+    """One layer: the value of every eidetic token moves the next chunk, and a state space that changes does not."""
     model = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0, conv=False)
     tokens = text(B=1, K=2)
     state = run(model, tokens[:, :S])[1]
@@ -302,7 +302,7 @@ def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_pa
         model, _ = nanomem.load(tmp_path / name)
         right, total = 0, 0
         for batch, _, hit in stream.evaluate(model, tasks.TaskLoader("mqar", 64, 32, seed=7), 8):
-            scored = batch.distance > Config(seg=32).W                           # the answer has left the window of bmojo
+            scored = batch.distance > Config(seg=32).W                     # the answer has left the window of bmojo
             right, total = right + hit[scored].sum().item(), total + scored.sum().item()
         found[name] = right / total
     assert found["mamba"] < 0.5 and found["bmojo"] > 0.95, found

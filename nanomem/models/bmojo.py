@@ -116,7 +116,7 @@ class Attention(gpt.Attention):
             seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
             p, eps = memory["position"][:, None, :M], memory["innovation"][:, None, :M]              # (B, 1, M)
-            offset = torch.full((M,), -W, device=device)                       # not their own, which grows with the text
+            offset = torch.full((M,), -W, device=device)                       # their own grows with the text
             seen.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
@@ -183,9 +183,9 @@ class BMojo(Mamba):
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
     write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
-    departs  Mamba-2 for Mamba-1 (see mamba); the paper leaves open which outputs are the fading tokens, what y^ averages
-             (here k = 3 outputs) and what error is (here Euclidean distance); RoPE within two windows (paper: none); no
-             token is seen twice; attention reads the convolution too, so that an eidetic token knows the three before it
+    departs  Mamba-2 for Mamba-1 (see mamba); the paper leaves open which outputs are the fading tokens, how many y^
+             averages (here k = 3) and what error is (here Euclidean distance); RoPE within two windows (paper: none);
+             no token is seen twice; attention sees convolved tokens, so an eidetic token knows the three before it
     """
     Config = Config
 

@@ -131,9 +131,9 @@ class Mamba(GPT):
     read     y_t = h_t c_t + skip x_t at every token
     write    h_t = exp(a_t) h_{t-1} + dt_t x_t b_t^T at every token: the end of a segment changes nothing
     paper    Mamba-2 2405.21060: eq. 2 (selective state space), section 6 (chunks), section 7.1 (block)
-    departs  x is C wide (paper: 2C); the convolution comes before the projection and is added to its input (paper: on x,
-             b and c, then a SiLU, which we leave out); b and c have a norm, as keys and queries have; steps start longer,
-             for short training; an MLP follows each state space, so that a layer has the size of GPT's
+    departs  the inner width, of x, is C (paper: 2C); the convolution comes before the projection and is added to its
+             input (paper: on x, b and c after it, with a SiLU, which is left out); b and c have a norm, as keys and
+             queries have; steps start longer, for short training; an MLP follows, so that a layer has the size of GPT's
     """
     Config = Config
     parallel = math.inf                     # nothing waits for the end of a segment
