@@ -18,7 +18,7 @@ MODELS = {
     "memformer": ("memformer", "Memformer", {}),
     "memoryllm": ("memoryllm", "MemoryLLM", {}),
     "mplus": ("mplus", "MPlus", {}),
-    "mamba": ("bmojo", "BMojo", dict(mix="ssm")),
+    "mamba": ("mamba", "Mamba", {}),
     "hybrid": ("bmojo", "BMojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
     "bmojo": ("bmojo", "BMojo", {}),
