@@ -9,7 +9,7 @@ import nanomem
 import train
 from nanomem import stream, tasks
 from nanomem.cli import UserError
-from nanomem.models import bmojo
+from nanomem.models import bmojo, gpt
 from nanomem.models.bmojo import Config, innovation
 from nanomem.models.gpt import norm, rotate
 
@@ -55,8 +55,7 @@ def test_a_hybrid_alternates_attention_and_state_space():
 def definition(layer, u, y, eps):
     """One token after the other, one key at a time, and a heap of which each chunk sees what it holds at the start."""
     c, (B, T, C), out, heap = layer.c, u.shape, [], []
-    q, k, v = (x.view(B, T, c.heads, -1) for x in layer.qkv(u).chunk(3, -1))
-    fk, fv = (x.view(B, T, c.heads, -1) for x in torch.nn.functional.linear(y, layer.qkv.weight[C:]).chunk(2, -1))
+    q, k, v, fk, fv = (x.view(B, T, c.heads, -1) for x in (layer.q(u), layer.k(u), layer.v(u), layer.k(y), layer.v(y)))
     rotated = lambda x, position: rotate(norm(x), rope(torch.tensor([position * c.rope]), c.head_dim))
     for t in range(T):
         j, chunk = t % c.W, t // c.W * c.W
@@ -68,7 +67,7 @@ def definition(layer, u, y, eps):
         seen += [(k, v, s, j + c.W) for s in snapshot if s <= t - c.W]
         keys = torch.stack([rotated(k[:, s], -distance) for k, _, s, distance in seen], 2)        # (B, H, m, D)
         values = torch.stack([v[:, s] for _, v, s, _ in seen], 2)
-        scores = (rotated(q[:, t], 0)[:, :, None] * keys).sum(-1) / c.head_dim ** 0.5
+        scores = (rotated(q[:, t], 0)[:, :, None] * layer.gain * keys).sum(-1) / c.head_dim ** 0.5
         out.append((scores.softmax(-1)[..., None] * values).sum(2).flatten(1))
         if layer.M:
             heapq.heappush(heap, (float(eps[t]), t))
@@ -87,7 +86,7 @@ def run_layer(layer, u, y, cut=None):
     memory, outs, n = layer.start(lambda *shape: torch.zeros(len(u), *shape).double()), [], 0
     for a, b in zip(u.split(cut or u.size(1), 1), y.split(cut or u.size(1), 1)):
         t = torch.arange(n, n + a.size(1)).expand(len(u), -1)
-        out, memory = layer(a, b, memory, t, 0)
+        out, memory = layer(a, b, memory, t, None)
         outs.append(out)
         n += a.size(1)
     return torch.cat(outs, 1)
@@ -110,9 +109,9 @@ def test_the_chunks_are_the_definition(fields, cut):
 def dense(layer, u, visible):
     """Plain attention of all tokens with a T x T mask."""
     B, T, C = u.shape
-    q, k, v = (x.unflatten(2, (layer.heads, -1)).transpose(1, 2) for x in layer.qkv(u).chunk(3, -1))
+    q, k, v = (gpt.split_heads(linear(u), layer.c.heads) for linear in (layer.q, layer.k, layer.v))
     q, k = (rotate(norm(x), rope(torch.arange(T) * layer.c.rope, layer.c.head_dim)) for x in (q, k))
-    return layer.out(bmojo.attend(q, k, v, visible).transpose(1, 2).reshape(B, T, C))
+    return layer.out(bmojo.attend(q * layer.gain, k, v, visible).transpose(1, 2).reshape(B, T, C))
 
 
 @torch.no_grad()
@@ -132,7 +131,7 @@ def test_full_attention_comes_out_two_ways_and_a_sliding_window_too():
 @torch.no_grad()
 def test_window_layers_are_the_sliding_window_model():
     model = tiny("bmojo", mix="window", window=8, conv=False)
-    window = tiny("window", window=7)                      # there W does not count the token itself
+    window = tiny("window", window=7, shift=False)         # there W does not count the token itself
     window.load_state_dict(model.state_dict())
     assert close(run(model, text(K=4))[0], run(window, text(K=4))[0])
 
@@ -151,8 +150,8 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
         line += [("eidetic", s) for s in best + [-1] * (M - len(best))]
         line += [("raw", s) for s in range(start, start + w)]
     inputs = torch.stack([(y if kind == "faded" else u)[0, s] for kind, s in line])
-    k, v = torch.nn.functional.linear(inputs, layer.qkv.weight[16:]).view(-1, 4, 8).chunk(2, 1)
-    q, m = layer.qkv(u)[0, :, :16].view(T, 2, 8), torch.arange(len(line))
+    k, v = (linear(inputs).view(-1, 2, 8) for linear in (layer.k, layer.v))
+    q, m = layer.q(u)[0].view(T, 2, 8), torch.arange(len(line))
     place = m.view(-1, K)[:, F + M:].reshape(T, 1)                        # of the tokens in the line
     seen = (m <= place) & (m > place - K)
     raw = torch.tensor([kind == "raw" for kind, _ in line])
@@ -160,7 +159,7 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
     assert (seen & raw).sum(1).tolist() == [min(t + 1, w) for t in range(T)]
     for t in range(T):
         seen[t] &= torch.tensor([s >= 0 and not (kind == "eidetic" and s > t - w) for kind, s in line])
-    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (norm(q), norm(k), v)), seen)
+    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (layer.gain[:, 0] * norm(q), norm(k), v)), seen)
     assert torch.allclose(out[0], layer.out(o.transpose(0, 1).reshape(T, 16)), atol=1e-10)
 
 
@@ -219,6 +218,22 @@ def test_an_oracle_keeps_exactly_the_tokens_it_was_told_to():
     state = model(torch.from_numpy(x), model.init_state(3))[1]
     for l in (0, 1):
         assert state[f"{l}.position"].sort(1).values.tolist() == [list(range(1, 17, 2))] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("select", ["random", "5-9"])
+def test_an_ablation_chooses_by_the_text_alone_however_it_is_cut(select):
+    """Other texts keep other positions, and calls of any length keep the same."""
+    model, tokens = tiny("bmojo", window=8, eidetic=5, select=select), text(K=1)
+    state = model.init_state(2)
+    whole = model(tokens, state)[1]
+    for cut in (1, 5, 11):
+        cache = model.read(state)
+        for part in tokens.split(cut, 1):
+            cache = model.extend(part, cache)[1]
+        parts = model.write(cache, state)
+        assert all(torch.equal(parts[f"{l}.{k}"], whole[f"{l}.{k}"]) for l in (0, 1) for k in ("position", "innovation"))
+    assert whole["0.position"][0].sort()[0].tolist() != whole["0.position"][1].sort()[0].tolist()
 
 
 @torch.no_grad()

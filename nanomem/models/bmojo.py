@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import gpt, mamba
 from .gpt import GPT, MLP, attend, norm, rope, rotate
@@ -64,7 +63,6 @@ class Attention(gpt.Attention):
 
     def __init__(self, c, kind):
         super().__init__(c)
-        self.c = c
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
@@ -78,17 +76,18 @@ class Attention(gpt.Attention):
                           outputs=zeros(SPAN, self.c.width))
         return memory
 
-    def forward(self, u, y, memory, t, bonus):
+    def forward(self, u, y, memory, t, fixed):
         """u and y (B, T, C) at positions t (B, T) -> out_t of algorithm 1 (B, T, C), and the memory after these tokens.
-        The tokens of a chunk that is not yet full stand behind those of the memory."""
+        The tokens of a chunk that is not yet full stand behind those of the memory. `fixed`: see BMojo.fixed."""
         W, T, memory, out = self.c.W, u.size(1), dict(memory), []
-        qkv = self.qkv(u).unflatten(2, (3, self.heads, -1))                    # (B, T, 3, H, D)
-        q, new = qkv[:, :, 0], dict(window=qkv[:, :, 1:])
-        if self.fading:                                                        # y has the same weights as u
-            new["fading"] = F.linear(y, self.qkv.weight[self.c.width:]).unflatten(2, (2, self.heads, -1))
+        heads = lambda x: x.unflatten(2, (self.c.heads, -1))                   # (B, T, H, D)
+        kv = lambda x: torch.stack([heads(self.k(x)), heads(self.v(x))], 2)    # (B, T, 2, H, D)
+        q, new = heads(self.q(u)), dict(window=kv(u))
+        if self.fading:
+            new["fading"] = kv(y)                                              # y has the same weights as u
         if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
-            new.update(innovation=eps + bonus, position=t)
+            new.update(innovation=eps if fixed is None else fixed, position=t)
         begun = memory["window"].size(1) - self.c.past                         # tokens of the open chunk so far
         borders = [0, *range(W - begun, T, W), T]                              # where chunks begin in this call
         sizes = [right - left for left, right in zip(borders, borders[1:])]
@@ -124,7 +123,8 @@ class Attention(gpt.Attention):
         if self.c.rope:
             q = rotate(q, rope(torch.arange(begun, begun + T, device=device), self.c.head_dim))
             k = rotate(k, rope(torch.cat(offset), self.c.head_dim))
-        return attend(q, k, v, torch.cat(mask, 2)[:, None]).transpose(1, 2)
+        q = (q * self.gain).type_as(v)
+        return attend(q, k.type_as(v), v, torch.cat(mask, 2)[:, None]).transpose(1, 2)
 
     def close_chunk(self, memory):
         """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
@@ -159,14 +159,14 @@ class Layer(nn.Module):
             memory.update(part.start(zeros) if part else {})
         return memory
 
-    def forward(self, x, memory, t, bonus):
+    def forward(self, x, memory, t, fixed):
         u, y, memory = norm(x), None, dict(memory)
         if self.taps is not None:
             u, memory["conv"] = short_conv(u, memory["conv"], self.taps)
         if self.ssm:
             y, memory["ssm"] = self.ssm(u, memory["ssm"])
         if self.attention:
-            y, memory = self.attention(u, y, memory, t, bonus)
+            y, memory = self.attention(u, y, memory, t, fixed)
         x = x + y
         return x + self.mlp(norm(x)), memory
 
@@ -193,14 +193,15 @@ class BMojo(Mamba):
         kinds = self.c.mix.split(",")
         return Layer(self.c, kinds[l % len(kinds)])
 
-    def bonus(self, tokens, t):
-        """What is added to the innovations (B, T): for an ablation, more than any innovation is."""
+    def fixed(self, tokens, t):
+        """For ablations, what stands in the place of the innovations (B, T): a number between 0 and 1 by the token and
+        its position, as if drawn; or, of an oracle, more for its tokens than for others, and more for newer ones."""
         if self.c.select == "innovation":
-            return 0
-        if self.c.select == "random":                                          # a hash of the position
-            return 1e6 * ((t * 12.9898).sin() * 43758.5453).frac().abs()
+            return None
+        if self.c.select == "random":
+            return (((t + 1) * 73_856_093) ^ ((tokens + 1) * 19_349_663)) % 1_000_003 / 1_000_003
         low, high = map(int, self.c.select.split("-"))
-        return 1e6 * ((tokens >= low) & (tokens < high))
+        return (t + 1) * torch.where((tokens >= low) & (tokens < high), 1.0, 2.0 ** -25)
 
     def init_state(self, B):
         return dict(super().init_state(B), n=torch.zeros(B, dtype=torch.long, device=self.head.weight.device))
@@ -212,9 +213,9 @@ class BMojo(Mamba):
         n, layers = cache
         x, now, T = self.embed(tokens), [], tokens.size(1)
         t = n[:, None] + torch.arange(T, device=n.device)                      # (B, T) positions in the text
-        bonus = self.bonus(tokens, t)
+        fixed = self.fixed(tokens, t)
         for layer, memory in zip(self.blocks, layers):
-            x, memory = layer(x, memory, t, bonus)
+            x, memory = layer(x, memory, t, fixed)
             now.append(memory)
         return self.head(norm(x)), (n + T, now)                                # (B, T, V)
 

@@ -18,6 +18,7 @@ TAPS = 4   # tokens that the short convolution sees: a token and the three befor
 
 @dataclass
 class Config(gpt.Config):
+    shift: bool = False  # must be off: the convolution ties a token to those before it
     state: int = -1      # N, channels by which a head's state is written and read; -1: as wide as the head
     conv: bool = True    # a short convolution, which ties each token to the three before it
 
@@ -26,6 +27,7 @@ class Config(gpt.Config):
     def __post_init__(self):
         super().__post_init__()
         assert self.state >= -1, f"state counts channels, got {self.state}"
+        assert not self.shift, "shift is not for a model with a convolution"
 
 
 # The selective state space (Mamba-2, eq. 2). For each head
@@ -96,7 +98,7 @@ def short_conv(u, last, taps):
 
 def remaining_hidden(c, layer):
     """Hidden channels of an MLP, a multiple of 8, with which this layer has as many parameters as a layer of GPT."""
-    remaining = (4 * c.width + 2 * c.hidden) * c.width - sum(p.numel() for p in layer.parameters())
+    remaining = (4 * c.width + 2 * c.hidden) * c.width + c.heads - sum(p.numel() for p in layer.parameters())
     return max(8, remaining // (16 * c.width) * 8)
 
 
