@@ -1,0 +1,84 @@
+"""The jobs of bench.py: each has one file for its result, and several of them run side by side."""
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .cli import UserError
+
+
+class Job(NamedTuple):
+    """One thing to measure: a task, with a model and a seed."""
+    task: str
+    model: str    # as typed, with its settings
+    seed: int
+
+    def __str__(self):
+        """Its name as a file: recall of rmt:mem=1/topk=2 is recall-rmt-mem1--topk2-1 with the seed 1."""
+        return "-".join(map(str, self)).replace("/", "--").replace(":", "-").replace("=", "")
+
+    @property
+    def training(self):
+        """The job for which the model is trained, itself or another one; None if this one needs no training."""
+        if self.task in ("cost", "replay"):
+            return None
+        return Job("books" if self.task == "passage" else self.task, self.model.partition("/")[0], self.seed)
+
+
+def read_result(folder, job, settings):
+    """The content of the job's file; None if there is none, or one of other settings."""
+    try:
+        found = json.loads((Path(folder) / f"{job}.json").read_text())
+        return found if found["model"] == job.model and found["settings"] == settings else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_result(folder, job, **content):
+    """Write the job's file, whole or not at all."""
+    path = Path(folder) / f"{job}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(dict(job._asdict(), **content), indent=1))
+    os.replace(unfinished, path)
+
+
+def begin_process():
+    """A process among others: one thread and no bar. Ctrl-C is for train.py, which saves first."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_all(function, calls, n):
+    """Run function(*call) for each call, n side by side: small models use one thread better than several. Yields each
+    call and what it raised, or None: one that fails must not cost the others."""
+    pool = None
+    if n > 1 and len(calls) > 1:
+        pool = ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), begin_process)
+    try:
+        wait = [pool.submit(function, *call).result if pool else partial(function, *call) for call in calls]
+        for call, result in zip(calls, wait):
+            try:
+                result()
+                yield call, None
+            except Exception as error:
+                yield call, error
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def describe(error):
+    """What went wrong, in one line, and where, if that is not a mistake of the user."""
+    if isinstance(error, UserError):
+        return str(error), ""
+    return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))
