@@ -5,7 +5,6 @@
     python bench.py --models=rmt,rmt:mem=1:lr=1e-3,gca/topk=8
     python bench.py --data=data/pg19 --steps=5000           the same on shards
     python bench.py --suite=night --data=data/pg19          everything, with 30M parameters: a night on one GPU
-    python bench.py --plot                                  also draws the curves (needs matplotlib)
 
 Settings of a model or of train.py follow the model's name, and settings behind a slash are changed only for the test.
 
@@ -48,9 +47,7 @@ class Bench(suites.Suite):
     out: str = "out/bench"       # folder for checkpoints, results and report
     device: str = ""             # cpu, cuda, mps
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
-    plot: bool = False           # draw a picture of the books and one of each task
-
-    results = property(lambda b: Path(b.out) / "results")
+    plot: bool = False           # draw a picture of the books and one of each task (needs matplotlib)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,10 +89,10 @@ def shape_of(b, model):
     which grows with the width in a straight line."""
     shape = {k: getattr(b, k) for k in ("layers", "heads", "width", "seg")}
     if b.equal and "mlp" not in fields_of(model):
-        own = {**fields_of(model), "vocab": VOCAB}
-        count = lambda name, **fields: measure.parameters(nanomem.build(name, **{**shape, **fields}))
-        few, many = (count(parts_of(model)[0], **own, mlp=n * b.width) for n in (2, 4))
-        shape["mlp"] = round((2 + 2 * (count("gpt", vocab=VOCAB) - few) / (many - few)) * b.width / 8) * 8
+        count = lambda name, **own: measure.parameters(nanomem.build(name, **{**shape, "vocab": VOCAB, **own}))
+        with torch.device("meta"):       # nothing is computed
+            few, many = (count(parts_of(model)[0], **{**fields_of(model), "mlp": n * b.width}) for n in (2, 4))
+            shape["mlp"] = round((2 + 2 * (count("gpt") - few) / (many - few)) * b.width / 8) * 8
     return shape
 
 
@@ -122,18 +119,18 @@ def flags_of(b, job):
 
 def settings_of(b, job):
     """All settings on which the result of a job depends."""
-    flags = " ".join(flags_of(b, job.training)) if job.training else ""
-    if job.task in TASKS:
-        t = TASKS[job.task]
-        found = dict(train=flags, tests=t.tests_for(parts_of(job.model)[0], b.read), texts=t.texts, edges=t.edges)
-    elif job.task == "books":   # no model is scored where one of them has seen the target
-        models = [model for model in models_of(b, "books") if set(model) & set(":/")]
-        found = dict(train=flags, search=b.search, final=b.final, upto=b.upto,
-                     not_scored_with=[model for model in models if not untrained(b, model).scored().all()])
-    elif job.task == "passage":
-        found = dict(train=flags, search=b.search, final=b.final)
-    else:
+    if job.training is None:
         found = dict(shape_of(b, job.model), batch=b.batch, segments=b.segments, read=b.read, compile=b.compile)
+    elif job.task in TASKS:
+        t = TASKS[job.task]
+        found = dict(tests=t.tests_for(parts_of(job.model)[0], b.read), texts=t.texts, edges=t.edges)
+    else:
+        found = dict(search=b.search, final=b.final)
+    if job.task == "books":   # no model is scored where one of them has seen the target
+        models = [model for model in models_of(b, "books") if set(model) & set(":/")]
+        found.update(upto=b.upto, not_scored=[model for model in models if not untrained(b, model).scored().all()])
+    if job.training:
+        found["train"] = " ".join(flags_of(b, job.training))
     return json.loads(json.dumps(found))
 
 
@@ -173,11 +170,10 @@ def measured(b, job, saved, tried):
     device = stream.machine(b.device)[0]
     if job.task == "cost":
         after = sorted({n for n in suites.READ if n < b.read} | {b.read})
-        found = measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile)
-        return dict(found, compiled=b.compile)
+        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile)
     if job.task == "replay":
         return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
-    last, settings = Path(b.out) / str(job.training) / "last.pt", settings_of(b, job)
+    last = Path(b.out) / str(job.training) / "last.pt"
     load = lambda **more: nanomem.load(last, **{**fields_of(job.model, tested=True), **more})[0].to(device).eval()
     model = load()
     if job.task in TASKS:
@@ -189,10 +185,9 @@ def measured(b, job, saved, tried):
     books = data.open_books(b.data, "test" if b.final else "validation", saved["run"]["tokenizer"])
     if job.task == "passage":
         return measure.passage(model, books)
-    like = [untrained(b, other).to(device) for other in settings["not_scored_with"]]
-    found = measure.loss_by_position(model, books, suites.POSITIONS, 4 * b.batch, b.upto, b.interleave, like=like,
-                                     segments=b.segments, interleave_len=b.interleave_len)
-    return dict(found, interleave=b.interleave, search=tried)
+    like = [untrained(b, other).to(device) for other in settings_of(b, job)["not_scored"]]
+    return dict(measure.loss_by_position(model, books, suites.POSITIONS, 4 * b.batch, b.upto, b.interleave, like=like,
+                                         segments=b.segments, interleave_len=b.interleave_len), search=tried)
 
 
 def work(b, group, command):
@@ -202,7 +197,7 @@ def work(b, group, command):
         torch.manual_seed(job.seed)
         start = time.perf_counter()
         found = measured(b, job, saved, tried)
-        write_result(b.results, job, settings=settings_of(b, job), command=command, torch=torch.__version__,
+        write_result(b.out, job, settings=settings_of(b, job), command=command, torch=torch.__version__,
                      machine=measure.machine_name(stream.machine(b.device)[0]), train_minutes=saved["seconds"] / 60,
                      minutes=(time.perf_counter() - start) / 60, measured=found)
 
@@ -233,7 +228,7 @@ def main(argv):
             for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
     groups = {}                                                          # the jobs that need the same training
     for job in jobs:
-        if not read_result(b.results, job, settings_of(b, job)):
+        if not read_result(b.out, job, settings_of(b, job)):
             groups.setdefault(job.training, []).append(job)
     timed = [(b, [job], command) for job in groups.pop(None, [])]        # each alone on the machine
     trainings = [(b, group, command) for group in groups.values()]
@@ -241,23 +236,21 @@ def main(argv):
     failed = []
     with tqdm(total=len(trainings) + len(timed), unit="job") as bar:
         for (_, group, _), error in chain(run_all(work, trainings, b.jobs or cores), run_all(work, timed, 1)):
-            name = f"{group[-1].task} of {group[-1].model}"
             if error:
                 said, where = describe(error)
-                failed.append(f"{name}: {said}")
-                bar.write(f"warning: {name}: {said}\n{where}", sys.stderr)
-            bar.set_description(name)
+                failed.append(f"{group[-1].task} of {group[-1].model}: {said}")
+                bar.write(f"warning: {failed[-1]}\n{where}", sys.stderr)
+            bar.set_description(group[-1].model)
             bar.update()
 
-    results = [found for job in jobs if (found := read_result(b.results, job, settings_of(b, job)))]
+    results = [found for job in jobs if (found := read_result(b.out, job, settings_of(b, job)))]
     if not results:
         raise UserError(failed[0])
     head, models = report.head(results, command), report.collect(results)
-    tables = report.tables(models, {name: t.about for name, t in TASKS.items()})
+    tables = report.tables(models, {task: t.about for task, t in TASKS.items()})
     print(f"\n{head}\n\n{tables}\n")
-    out = Path(b.out)
-    (out / "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n")
-    print(f"written to {out}:", ", ".join(["report.md", *(report.draw(models, TASKS, out) if b.plot else [])]))
+    Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n")
+    print(f"written to {b.out}:", ", ".join(["report.md", *(report.draw(models, TASKS, b.out) if b.plot else [])]))
     if failed:
         raise UserError(f"not all of it could be measured: {'; '.join(failed)}")
     return 0

@@ -33,18 +33,22 @@ class Job(NamedTuple):
         return Job("books" if self.task == "passage" else self.task, self.model.partition("/")[0], self.seed)
 
 
-def read_result(folder, job, settings):
+def file_of(out, job):
+    return Path(out) / "results" / f"{job}.json"
+
+
+def read_result(out, job, settings):
     """The content of the job's file; None if there is none, or one of other settings."""
     try:
-        found = json.loads((Path(folder) / f"{job}.json").read_text())
+        found = json.loads(file_of(out, job).read_text())
         return found if found["model"] == job.model and found["settings"] == settings else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def write_result(folder, job, **content):
+def write_result(out, job, **content):
     """Write the job's file, whole or not at all."""
-    path = Path(folder) / f"{job}.json"
+    path = file_of(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(dict(job._asdict(), **content), indent=1))
@@ -67,11 +71,12 @@ def run_all(function, calls, n):
     try:
         wait = [pool.submit(function, *call).result if pool else partial(function, *call) for call in calls]
         for call, result in zip(calls, wait):
+            error = None
             try:
                 result()
-                yield call, None
-            except Exception as error:
-                yield call, error
+            except Exception as e:
+                error = e
+            yield call, error
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)

@@ -86,8 +86,9 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading
     steps = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
     in_segment = [dict(start=start, end=end, loss=mean_of([x[i::S] for x in loss for i in range(start, end)]))
                   for start, end in zip(steps, steps[1:])]
-    return dict(books=len(books), parameters=parameters(model), state_bytes=stream.nbytes(model.init_state(1)),
-                all=part(0, longest), by_position=list(filter(None, map(part, edges, edges[1:]))),
+    return dict(books=len(books), interleave=interleave, parameters=parameters(model),
+                state_bytes=stream.nbytes(model.init_state(1)), all=part(0, longest),
+                by_position=list(filter(None, map(part, edges, edges[1:]))),
                 in_segment=[x for x in in_segment if x["loss"] is not None])
 
 
@@ -323,7 +324,7 @@ def cost(model, batch, segments, after, compile=False):
     times = seconds(device, *read, *decode).reshape(2, len(after), -1)
     model.train()
     read_ms, decode_ms = 1000 * np.median(times, 2) / c.seg
-    return dict(parameters=parameters(model), state_bytes=stream.nbytes(model.init_state(1)),
+    return dict(parameters=parameters(model), state_bytes=stream.nbytes(model.init_state(1)), compiled=compile,
                 training_tokens_per_s=batch * segments * c.seg / float(np.median(ours)),
                 speed_over_nanogpt=float(np.median(theirs / ours)),
                 reading=[dict(after=n, read_ms=r, decode_ms=d, held=h, peak=p)

@@ -8,9 +8,6 @@ WAYS = ("bptt", "checkpointed", "replay")
 PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))   # 2010.06891, table 3: MB and speed
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Numbers and text
-
 def merged(runs):
     """The results of several seeds as one: the mean of each number, and of an accuracy also `each`. Of lists, the first
     entries that all seeds have."""
@@ -68,9 +65,8 @@ def size(n):
 
 
 def range_of(part):
-    """The range of positions or distances of a column."""
-    short = lambda n: f"{n / 1024:.0f}k" if n >= 1024 else str(n)
-    return f"{short(part['start'])}-{short(part['end'])}"
+    """The head of a column of books: a range of positions."""
+    return "-".join(f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in (part["start"], part["end"]))
 
 
 def column_of(part):
@@ -91,7 +87,7 @@ def results_of(models, task):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The first table
+# Tables
 
 def first_table(models):
     """A line for each model, with the main figures of books, recall and cost. None if none of them was measured."""
@@ -113,15 +109,10 @@ def first_table(models):
     columns = max(rows.values(), key=len)
     if not columns:
         return None
-    legend = dict(loss="nats a token on held-out books", recall="accuracy by tokens back to the answer",
-                  state="bytes of memory for one text", ms="time to decode after a long text")
-    shown = [f"{key}: {text}" for key, text in legend.items() if any(c.startswith(key) for c in columns)]
     body = [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items() if cells]
-    return f"{'; '.join(shown)}\n\n{table(['model', *columns], body)}"
+    return ("loss: nats a token on held-out books; recall: accuracy by tokens back to the answer;\nstate: bytes of "
+            f"memory for one text; ms/token: time to decode after a long text\n\n{table(['model', *columns], body)}")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The other tables
 
 def lines(title, results, columns, cells, last=None):
     """[] without results, else [title and table]: a line for each model. columns(result) and cells(result) are lists;
@@ -174,7 +165,7 @@ def books_tables(models):
 def passage_table(models):
     return lines("Loss decrease of a passage that was read before, by the segments of another book in between (nats a "
                  "token, 95% interval over passages)", results_of(models, "passage"),
-                 lambda r: [str(x["after"]) for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
+                 lambda r: [x["after"] for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
 
 
 def task_table(models, task, about):
@@ -189,8 +180,8 @@ def cost_tables(models):
                   results, lambda r: [f"{x['after']:,}" for x in r["reading"]],
                   lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
                              for x in r["reading"]])
-    return found + lines("Time a token after the longest text, over that after the shortest; and training speed over that "
-                         "of nanoGPT's model, same shape, plain PyTorch", results,
+    return found + lines("Time a token after the longest text, over that after the shortest; and training speed over "
+                         "that of nanoGPT's model, same shape, plain PyTorch", results,
                          lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager")],
                          lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
 
@@ -207,8 +198,8 @@ def replay_table(models):
         cells = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
         rows.append(["the paper", way, *cells.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x"])
     return ["Peak bytes and time of forward and backward through K segments, beside weights and gradients; both over "
-            f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's are from table 3 of "
-            "2010.06891: 12 layers of width 512, all that the GPU held:\n\n"
+            f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's: 2010.06891, table "
+            "3, 12 layers of width 512, all that the GPU held:\n\n"
             + table(["model", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "growth"], rows)]
 
 
@@ -323,7 +314,7 @@ def draw(models, tasks, folder):
             axes.plot(x, y, marker=".", label=name)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(folder / f"{task}.svg")
+        figure.savefig(f"{folder}/{task}.svg")
         pyplot.close(figure)
         names.append(f"{task}.svg")
     return names
