@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import checkpoint, cli, data, measure, report, stream, suites
+from nanomem import checkpoint, cli, data, measure, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, describe, read_result, run_all, write_result
 from nanomem.suites import TASKS, VOCAB
@@ -247,7 +247,7 @@ def main(argv):
     if not results:
         raise UserError(failed[0])
     head, models = report.head(results, command), report.collect(results)
-    tables = report.tables(models, {task: t.about for task, t in TASKS.items()})
+    tables = report.tables(models, {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()})
     print(f"\n{head}\n\n{tables}\n")
     Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n")
     print(f"written to {b.out}:", ", ".join(["report.md", *(report.draw(models, TASKS, b.out) if b.plot else [])]))

@@ -51,7 +51,8 @@ def write_result(out, job, **content):
     path = file_of(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(dict(job._asdict(), **content), indent=1))
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**job._asdict(), **content}.items()]
+    unfinished.write_text("{" + ",\n ".join(lines) + "}\n")
     os.replace(unfinished, path)
 
 

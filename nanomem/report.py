@@ -4,8 +4,7 @@ Most functions take models = {model: {task: what measure.py returned}}.
 """
 import numpy as np
 
-WAYS = ("bptt", "checkpointed", "replay")
-PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))   # 2010.06891, table 3: MB and speed
+PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))   # MB, speed: 2010.06891, table 3
 
 
 def merged(runs):
@@ -22,13 +21,10 @@ def merged(runs):
 
 def collect(results):
     """The contents of result files -> {model: {task: what was measured, merged over seeds}}, in their order."""
-    models, runs = {}, {}
+    models = {}
     for r in results:
-        models.setdefault(r["model"], {})
-        runs.setdefault((r["model"], r["task"]), []).append(r["measured"])
-    for (model, task), same in runs.items():
-        models[model][task] = merged(same)
-    return models
+        models.setdefault(r["model"], {}).setdefault(r["task"], []).append(r["measured"])
+    return {model: {task: merged(runs) for task, runs in by_task.items()} for model, by_task in models.items()}
 
 
 def head(results, command):
@@ -109,12 +105,14 @@ def first_table(models):
     columns = max(rows.values(), key=len)
     if not columns:
         return None
+    meaning = dict(loss="nats a token on held-out books", recall="accuracy by tokens back to the answer",
+                   state="bytes of memory for one text", ms="to decode a token after a long text")
+    legend = [f"{word}: {text}" for word, text in meaning.items() if any(c.startswith(word) for c in columns)]
     body = [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items() if cells]
-    return ("loss: nats a token on held-out books; recall: accuracy by tokens back to the answer;\nstate: bytes of "
-            f"memory for one text; ms/token: time to decode after a long text\n\n{table(['model', *columns], body)}")
+    return ";\n".join(legend) + f".\n\n{table(['model', *columns], body)}"
 
 
-def lines(title, results, columns, cells, last=None):
+def by_model(title, results, columns, cells, last=None):
     """[] without results, else [title and table]: a line for each model. columns(result) and cells(result) are lists;
     last(result) is one more line."""
     if not results:
@@ -139,51 +137,51 @@ def books_tables(models):
             yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
 
     count = results[base]["books"]
-    found = lines(f"Held-out books ({count}): size, and loss in three units", results,
+    found = by_model(f"Held-out books ({count}): size, and loss in three units", results,
                      lambda r: ["parameters", f"to {base}'s", "state", "nats/token", "bits/byte", "word perplexity"],
                      lambda r: [f"{r['parameters']:,.0f}", more(r), size(r["state_bytes"]), f"{r['all']['loss']:.3f}",
                                 f"{r['all']['bits_per_byte']:.3f}", f"{r['all']['word_perplexity']:.0f}"])
-    found += lines("Loss in nats a token by position in the book", results, heads,
+    found += by_model("Loss in nats a token by position in the book", results, heads,
                       lambda r: [f"{part['loss']:.3f}" for part in parts(r)])
     if count > 1:
         others = {name: r for name, r in results.items() if name != base}
-        found += lines(f"Loss minus {base}'s by position in the book (95% interval over books; ~ where it holds 0)",
+        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books; ~ where it holds 0)",
                           others, heads, lambda r: list(minus_base(r)))
     for key, title in dict(empty="when the memory is empty", another="with another book's memory").items():
-        found += lines(f"Loss increase {title}, by position in the book",
+        found += by_model(f"Loss increase {title}, by position in the book",
                           {name: r for name, r in results.items() if key in r["all"]}, heads,
                           lambda r: [f"{part[key]:.3f}" for part in parts(r)])
-    found += lines("Loss by position in the segment", results,
+    found += by_model("Loss by position in the segment", results,
                       lambda r: [f"{x['start']}-{x['end'] - 1}" for x in r["in_segment"]],
                       lambda r: [f"{x['loss']:.3f}" for x in r["in_segment"]])
-    return found + lines(
+    return found + by_model(
         "Loss on held-out text after a tenth of the steps, by learning rate; the best one was taken",
         {name: r["search"] for name, r in results.items() if r.get("search")}, list,
         lambda tried: [f"{loss:.3f}" for loss in tried.values()])
 
 
 def passage_table(models):
-    return lines("Loss decrease of a passage that was read before, by the segments of another book in between (nats a "
-                 "token, 95% interval over passages)", results_of(models, "passage"),
-                 lambda r: [x["after"] for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
+    return by_model("Loss decrease of a passage that was read before, by the segments of another book in between (nats "
+                    "a token, 95% interval over passages)", results_of(models, "passage"),
+                    lambda r: [x["after"] for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
 
 
 def task_table(models, task, about):
-    return lines(f"Accuracy on {task}, {about} (chance 3%; last line: number of questions)", results_of(models, task),
-                 lambda r: list(map(column_of, r)), lambda r: list(map(percent, r)),
-                 lambda r: [f"{part['questions']:,.0f}" for part in r])
+    return by_model(f"Accuracy on {task}, {about} (last line: number of questions)", results_of(models, task),
+                    lambda r: list(map(column_of, r)), lambda r: list(map(percent, r)),
+                    lambda r: [f"{part['questions']:,.0f}" for part in r])
 
 
 def cost_tables(models):
     results = results_of(models, "cost")
-    found = lines("After so many tokens of text: ms a token to read on, ms a token to decode, bytes held, peak bytes",
-                  results, lambda r: [f"{x['after']:,}" for x in r["reading"]],
-                  lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
-                             for x in r["reading"]])
-    return found + lines("Time a token after the longest text, over that after the shortest; and training speed over "
-                         "that of nanoGPT's model, same shape, plain PyTorch", results,
-                         lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager")],
-                         lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
+    found = by_model("After so many tokens: ms a token to read on, ms a token to decode, bytes held, peak bytes",
+                     results, lambda r: [f"{x['after']:,}" for x in r["reading"]],
+                     lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
+                                for x in r["reading"]])
+    return found + by_model("Time a token after the longest text, over that after the shortest; and training speed "
+                            "over that of nanoGPT's model, same shape, plain PyTorch", results,
+                            lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager")],
+                            lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
 
 
 def replay_table(models):
@@ -193,7 +191,7 @@ def replay_table(models):
     columns = [f"K={x['K']}" for x in next(iter(results.values()))["bptt"]]
     rows = [[name, way, *[f"{size(x['peak'])}, {x['ms']:.0f} ms" for x in r[way]],
              *[f"{x['bytes_over_bptt']:.2f}x, {x['time_over_bptt']:.2f}x" for x in (r[way][1], r[way][-1])],
-             f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in results.items() for way in WAYS]
+             f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in results.items() for way in PAPER]
     for way, (megabytes, speed) in PAPER.items():
         cells = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
         rows.append(["the paper", way, *cells.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x"])

@@ -186,13 +186,13 @@ def test_live_bytes_counts_what_is_alive_at_once():
 def test_replay_holds_one_segment_however_many_there_are(name):
     """Peak bytes of a step: flat in K for replay but for states and tokens, growing for back-propagation."""
     def peak(backward, K):
-        step = measure.training_step(tiny(name, seg=16), 2, K, backward)
+        step = measure.training_step(tiny(name, seg=16, layers=1), 2, K, backward)
         step()
         with measure.LiveBytes() as live:
             step()
         return live.peak
     assert peak(stream.bptt, 16) > 2 * peak(stream.bptt, 4)
-    model = tiny(name, seg=16)
+    model = tiny(name, seg=16, layers=1)
     kept = 2 * (stream.nbytes(model.init_state(1)) + 8 * model.c.seg)     # of 2 texts, for a segment: state and tokens
     assert peak(stream.replay, 16) - peak(stream.replay, 4) <= 12 * kept * 1.1
 

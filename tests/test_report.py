@@ -49,8 +49,8 @@ def books(loss, per_book=(0, 0), **more):
 
 def cost():
     reading = [dict(after=n, read_ms=0.5, decode_ms=2.0, held=100, peak=2 ** 21) for n in (1024, 2048)]
-    return dict(parameters=1000, state_bytes=2048, compiled=False, training_tokens_per_s=12345.6, speed_over_nanogpt=1.5,
-                read_growth=1.0, decode_growth=1.25, reading=reading)
+    return dict(parameters=1000, state_bytes=2048, compiled=False, training_tokens_per_s=12345.6, reading=reading,
+                speed_over_nanogpt=1.5, read_growth=1.0, decode_growth=1.25)
 
 
 def test_the_first_table_fits_a_page_and_its_words_are_plain():
