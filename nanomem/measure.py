@@ -145,20 +145,20 @@ def answer(model, batch):
     (B, T): one of the spans of text that the token retrieved holds the position of its answer; else None."""
     retrieves = hasattr(model, "retrieved")
     state, correct, hits = model.init_state(len(batch.x)), [], []
-    where = batch.position - batch.distance                                            # (B, T) of the answers
-    for (x, y), where in zip(stream.segments(model, batch.x, batch.y), where.split(model.c.seg, 1)):
+    places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the answers
+    for (x, y), place in zip(stream.segments(model, batch.x, batch.y), places.split(model.c.seg, 1)):
         logits, cache = model.extend(x, model.read(state))
         state = model.write(cache, state)
         correct.append(logits.argmax(-1) == y)
         if retrieves:
             start, end = model.retrieved(cache).unbind(-1)                             # (B, S, n); -1 where none
-            hits.append(((start <= where[..., None]) & (where[..., None] < end)).any(-1))
+            hits.append(((start <= place) & (place < end)).any(-1))
     return torch.cat(correct, 1), torch.cat(hits, 1) if retrieves else None
 
 
 def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
-    """The share of right answers on texts of T tokens of a task. With edges, a dict for each range of distances to the
-    answer, else one for all questions; none for fewer than `least` questions.
+    """The share of right answers of a model in eval mode, on texts of T tokens of a task. With edges, a dict for each
+    range of distances to the answer, else one for all questions; none for fewer than `least` questions.
 
     length       T
     start, end   of the range of distances, in tokens
@@ -176,8 +176,8 @@ def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
         correct, hits = answer(model, part)
         retrieves, asked = hits is not None, part.y >= 0
         column = np.digitize(part.distance[asked].cpu().numpy(), bounds)
-        for row, true in zip(sums, (asked, correct, hits if retrieves else ~asked)):
-            row += np.bincount(column, true[asked].cpu().numpy(), len(bounds) + 1)
+        for counts, true in zip(sums, (asked, correct, hits if retrieves else ~asked)):
+            counts += np.bincount(column, true[asked].cpu().numpy(), len(bounds) + 1)
     found = []
     for start, end, n, right, hit in zip(bounds.tolist(), bounds[1:].tolist(), *sums[:, 1:].tolist()):
         if n >= least:
@@ -314,9 +314,9 @@ def cost(model, batch, segments, after, compile=False):
         if reader.count < n:
             reader(book[:, reader.count:n])
         with torch.no_grad(), LiveBytes() as live:
-            trial = copy_of(reader)
-            trial(book[:, :c.seg + 1])
-        held.append(held_bytes(trial))
+            ahead = copy_of(reader)
+            ahead(book[:, :c.seg + 1])
+        held.append(held_bytes(ahead))
         peaks.append(live.peak)
         readers.append(copy_of(reader))
     # one segment each, in one call or a token at a time; readers go on, which changes nothing in the cost

@@ -265,7 +265,7 @@ def a_needle_is_found_far_away(models):
 
 
 CLAIMS = (
-    ("HMT", "on books in turns a search beats the newest memory (RMT)", search_beats_the_newest_memory),
+    ("HMT", "on interleaved books a search beats the newest memory (RMT)", search_beats_the_newest_memory),
     ("Memformer", "memory replay needs the memory of one segment, at little more time", replay_needs_one_segment),
     ("M+", "keeps 8 times longer than MemoryLLM (160k tokens, not 20k)", a_store_keeps_longer),
     ("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory", eidetic_tokens_help),
