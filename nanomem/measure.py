@@ -1,0 +1,365 @@
+"""What bench.py measures. Each function takes a model and returns plain numbers, in lists and dicts.
+
+No model is known here by name. Two methods of a model are optional: for_length(T), which bench.py asks, and
+retrieved(cache), which `accuracy` asks.
+"""
+import copy
+import math
+import platform
+import time
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from . import stream
+from .cli import UserError
+from .data import Loader
+from .tasks import TaskLoader
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Books
+
+def token_losses(model, books, batch, segments, interleave=1, interleave_len=1, like=(), change=lambda state: state):
+    """The loss of each token in nats, an array for each book, nan where nothing is scored: where this model or one of
+    the models `like` has seen the target. `batch` books are read side by side, as in training, and the other arguments
+    are those of train.py. `change` maps the state before each segment to the one that the segment sees."""
+    S = model.c.seg
+    loader = Loader(books, batch, segments * S, once=True, interleave=interleave, interleave_len=interleave_len * S)
+    losses = [np.full(len(tokens) - 1, np.nan) for tokens in books.tokens]
+    for part, nll, _ in stream.evaluate(model, loader, like=like, change=change):
+        book = part.book.view(len(part.x), -1).expand_as(part.x)               # (B, T)
+        book, position, nll, scored = (t.cpu().numpy() for t in (book, part.position, nll, part.y >= 0))
+        for i in np.unique(book[scored]):
+            here = scored & (book == i)
+            losses[i][position[here]] = nll[here]
+    return losses
+
+
+def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading):
+    """The loss on held-out books: of all tokens, of those between two edges of the position in the book, and by the
+    position in the segment. Of each book the first `upto` tokens are scored, or all. `reading`: see token_losses.
+
+    start, end        positions in the book
+    tokens            number of them, in all books
+    loss              nats a token
+    bits_per_byte     the same, whatever the tokenizer
+    word_perplexity   the same for words, which are what stands between white space
+    by_book           [sum of the loss, number of scored tokens] of each book, for intervals
+    empty             how much the loss increases when each segment begins with an empty memory
+    another           how much it increases with another book's memory: before each segment, batch element b gets the
+                      state of element b - 1, so that what the last B - 1 segments wrote is not of its book. Only
+                      where there are several books
+    """
+    books = replace(books, tokens=[tokens[:upto + 1 if upto else None] for tokens in books.tokens])
+    B = max(1, min(batch, len(books) // interleave))
+    losses = lambda change: token_losses(model, books, B, interleave=interleave, change=change, **reading)
+    loss = losses(lambda state: state)
+    controls = dict(empty=losses(lambda state: model.init_state(B)))
+    if B > 1:
+        controls["another"] = losses(lambda state: {k: v.roll(1, 0) for k, v in state.items()})
+    longest, S = max(map(len, loss)), model.c.seg
+
+    def part(start, end):
+        cut = lambda losses: [x[start:end] for x in losses]
+        if mean_of(cut(loss)) is None:
+            return None
+        text = [books.enc.decode_bytes(tokens[1 + start:1 + end].tolist()) for tokens in books.tokens]
+        n, mean = sum(map(len, cut(loss))), mean_of(cut(loss))
+        return dict(start=start, end=min(end, longest), tokens=n, loss=mean,
+                    bits_per_byte=mean * n / math.log(2) / sum(map(len, text)),
+                    word_perplexity=math.exp(mean * n / sum(len(t.split()) for t in text)),
+                    by_book=[[float(np.nansum(x)), int(np.isfinite(x).sum())] for x in cut(loss)],
+                    **{name: mean_of(cut(x)) - mean for name, x in controls.items()})
+
+    steps = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
+    in_segment = [dict(start=start, end=end, loss=mean_of([x[i::S] for x in loss for i in range(start, end)]))
+                  for start, end in zip(steps, steps[1:])]
+    return dict(books=len(books), interleave=interleave, parameters=parameters(model),
+                state_bytes=stream.nbytes(model.init_state(1)), all=part(0, longest),
+                by_position=list(filter(None, map(part, edges, edges[1:]))),
+                in_segment=[x for x in in_segment if x["loss"] is not None])
+
+
+def mean_of(losses):
+    """The mean over all scored tokens of some books, None if there are none."""
+    losses = np.concatenate(losses)
+    return float(np.nanmean(losses)) if np.isfinite(losses).any() else None
+
+
+@torch.no_grad()
+def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
+    """How much easier a passage is when it was read before (as M+ 2502.00592, section 4.4, but with plain books).
+
+    There are n passages, each a segment. The model reads a passage, then `after` segments of another book, then the
+    passage again. gain: how much lower the loss of its second half is, in nats a token, than if it had not been read
+    before. interval: half of the 95% interval over passages.
+    """
+    S, rng, device = model.c.seg, np.random.default_rng(0), stream.device_of(model)
+    long = [tokens for tokens in books.tokens if len(tokens) > (max(after) + 2) * S]
+    if not long:
+        raise UserError(f"a passage needs a book of {(max(after) + 2) * S + 1:,} tokens, the longest has "
+                        f"{max(map(len, books.tokens)):,}: use a smaller --seg")
+
+    def cut(i, length):
+        tokens = long[i % len(long)]
+        start = rng.integers(len(tokens) - length)
+        return torch.from_numpy(tokens[start:start + length].astype(np.int64)).to(device)
+    passages = torch.stack([cut(i, S + 1) for i in range(n)])                          # (n, S+1)
+    others = torch.stack([cut(i + 1, (max(after) + 1) * S) for i in range(n)])         # (n, segments S), another book
+    gains = []
+    for text, other in zip(passages.split(batch), others.split(batch)):
+        losses = []
+        for first in (other[:, :S], text[:, :S]):                                      # without and with the passage
+            state = model(first, model.init_state(len(text)))[1]
+            for gone, x in enumerate([*other[:, S:].split(S, 1), None]):
+                if gone in after:
+                    logits = model(text[:, :-1], state)[0][:, S // 2:]
+                    loss = F.cross_entropy(logits.transpose(1, 2), text[:, S // 2 + 1:], reduction="none")
+                    losses.append(loss[:, model.scored()[S // 2:]].mean(1))            # (B,)
+                state = state if x is None else model(x, state)[1]
+        without, with_passage = torch.stack(losses).unflatten(0, (2, -1))              # (after, B) each
+        gains.append(without - with_passage)
+    gains = torch.cat(gains, 1)                                                        # (after, n)
+    half = 1.96 * gains.std(1) / n ** 0.5
+    return [dict(after=a, gain=g, interval=h) for a, g, h in zip(after, gains.mean(1).tolist(), half.tolist())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic tasks
+
+@torch.no_grad()
+def answer(model, batch):
+    """Run over whole texts -> correct (B, T): the likeliest token is the target; and for a model that retrieves, hits
+    (B, T): one of the spans of text that the token retrieved holds the position of its answer; else None."""
+    retrieves = hasattr(model, "retrieved")
+    state, correct, hits = model.init_state(len(batch.x)), [], []
+    places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the answers
+    for (x, y), place in zip(stream.segments(model, batch.x, batch.y), places.split(model.c.seg, 1)):
+        logits, cache = model.extend(x, model.read(state))
+        state = model.write(cache, state)
+        correct.append(logits.argmax(-1) == y)
+        if retrieves:
+            start, end = model.retrieved(cache).unbind(-1)                             # (B, S, n); -1 where none
+            hits.append(((start <= place) & (place < end)).any(-1))
+    return torch.cat(correct, 1), torch.cat(hits, 1) if retrieves else None
+
+
+def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
+    """The share of right answers of a model in eval mode, on texts of T tokens of a task. With edges, a dict for each
+    range of distances to the answer, else one for all questions; none for fewer than `least` questions.
+
+    length       T
+    start, end   of the range of distances, in tokens
+    questions    number of them
+    accuracy     share of right answers
+    hits         share of retrieval hits, if the model retrieves
+    """
+    texts = max(2, texts)
+    loader, device = TaskLoader(task, min(batch, texts), T, seed=(seed, 2)), stream.device_of(model)
+    bounds = np.array(edges or (0, T + 1))
+    sums = np.zeros((3, len(bounds) + 1))                                              # questions, correct, hits
+    retrieves = False
+    for _ in range(texts // loader.B):
+        part = stream.scored(loader.next().to(device), model)
+        correct, hits = answer(model, part)
+        retrieves, asked = hits is not None, part.y >= 0
+        column = np.digitize(part.distance[asked].cpu().numpy(), bounds)
+        for counts, true in zip(sums, (asked, correct, hits if retrieves else ~asked)):
+            counts += np.bincount(column, true[asked].cpu().numpy(), len(bounds) + 1)
+    found = []
+    for start, end, n, right, hit in zip(bounds.tolist(), bounds[1:].tolist(), *sums[:, 1:].tolist()):
+        if n >= least:
+            found.append(dict(length=T, **(dict(start=start, end=end) if edges else {}), questions=int(n),
+                              accuracy=right / n, **(dict(hits=hit / n) if retrieves else {})))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Instruments
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive at once, .peak is the most, of those made inside the `with`. Eager only."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        given = {s._cdata for s in self.storages((args, kwargs))}      # a view of an argument is nothing new
+        for storage in self.storages(out):
+            key = storage._cdata
+            if key not in self.seen and key not in given and storage.nbytes():
+                self.seen[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, key)
+        return out
+
+    @staticmethod
+    def storages(tree):
+        return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+    def drop(self, key):
+        self.now -= self.seen.pop(key, 0)
+
+
+def seconds(device, *functions, rounds=9, warm=False):
+    """Seconds of each function, (functions, rounds). They are timed in turn in every round, so that a slow minute hits
+    them alike and their ratio within a round can be trusted. `warm`: call each once more before it is timed, so that
+    memory and caches are as it leaves them itself."""
+    times = np.zeros((len(functions), rounds + 1))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for r in range(rounds + 1):
+        for i, f in enumerate(functions):
+            if warm:
+                f()
+            wait()
+            start = time.perf_counter()
+            f()
+            wait()
+            times[i, r] = time.perf_counter() - start
+    return times[:, 1:]   # without the first round
+
+
+def machine_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+class NanoGPT(nn.Module):
+    """The other side of the speed comparison: nanoGPT's model (LayerNorm, learned positions, GELU, tied head)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.token, self.position = nn.Embedding(c.vocab, c.width), nn.Embedding(c.seg, c.width)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.head.weight = self.token.weight
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            ln1=nn.LayerNorm(c.width), qkv=nn.Linear(c.width, 3 * c.width), out=nn.Linear(c.width, c.width),
+            ln2=nn.LayerNorm(c.width), up=nn.Linear(c.width, 4 * c.width), down=nn.Linear(4 * c.width, c.width)))
+            for _ in range(c.layers))
+        self.ln = nn.LayerNorm(c.width)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, tokens, state):
+        x = self.token(tokens) + self.position.weight[:tokens.size(1)]                 # (B, T, C)
+        for b in self.blocks:
+            q, k, v = (y.unflatten(2, (self.c.heads, -1)).transpose(1, 2) for y in b["qkv"](b["ln1"](x)).chunk(3, 2))
+            x = x + b["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + b["down"](F.gelu(b["up"](b["ln2"](x))))
+        return self.head(self.ln(x)), state
+
+    def init_state(self, B):
+        return {}
+
+
+def training_step(model, batch, K, backward=stream.bptt, compile=False):
+    """A step as train.py makes it, on random tokens, as a function: forward, backward, update."""
+    c, device = model.c, stream.device_of(model)
+    x, y = torch.randint(c.vocab, (2, batch, K * c.seg), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    forward, state = stream.make_step(model, compile=compile), model.init_state(batch)
+
+    def step():
+        backward(model, forward, x, y, stream.detach(state), 1 / x.numel())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def held_bytes(reader):
+    """Bytes that a Reader keeps between two calls: the state, and tokens and cache of the open segment."""
+    kept = tree_leaves([reader.state, reader.tokens, reader.cache])
+    return sum(t.nbytes for t in kept if isinstance(t, torch.Tensor))
+
+
+def copy_of(reader):
+    """A Reader at the same place of the same text, to go on in another way."""
+    other = copy.copy(reader)
+    other.begin_segment({k: v.clone() for k, v in reader.state.items()}, reader.tokens)
+    return other
+
+
+def cost(model, batch, segments, after, compile=False):
+    """Speed of training, also as a multiple of that of nanoGPT's model with the same shape. And for each number of
+    tokens in `after`, when so many were read: ms a token to read on and to decode, bytes held, and the peak of bytes
+    made by reading a segment. The text is random tokens."""
+    c, device = model.c, stream.device_of(model)
+    steps = [training_step(m, batch, segments, compile=compile) for m in (model, NanoGPT(c).to(device))]
+    ours, theirs = seconds(device, *steps, warm=True)
+
+    book, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
+    readers, held, peaks = [], [], []
+    for n in after:
+        n = n // c.seg * c.seg
+        if reader.count < n:
+            reader(book[:, reader.count:n])
+        with torch.no_grad(), LiveBytes() as live:
+            ahead = copy_of(reader)
+            ahead(book[:, :c.seg + 1])
+        held.append(held_bytes(ahead))
+        peaks.append(live.peak)
+        readers.append(copy_of(reader))
+    # one segment each, in one call or a token at a time; readers go on, which changes nothing in the cost
+    read, decode = ([lambda r=r, T=T: [r(x) for x in book[:, :c.seg].split(T, 1)] for r in readers] for T in (c.seg, 1))
+    times = seconds(device, *read, *decode).reshape(2, len(after), -1)
+    model.train()
+    read_ms, decode_ms = 1000 * np.median(times, 2) / c.seg
+    return dict(parameters=parameters(model), state_bytes=stream.nbytes(model.init_state(1)), compiled=compile,
+                training_tokens_per_s=batch * segments * c.seg / float(np.median(ours)),
+                speed_over_nanogpt=float(np.median(theirs / ours)),
+                reading=[dict(after=n, read_ms=r, decode_ms=d, held=h, peak=p)
+                         for n, r, d, h, p in zip(after, read_ms.tolist(), decode_ms.tolist(), held, peaks)],
+                **{k: float(np.median(t[-1] / t[0])) for k, t in zip(("read_growth", "decode_growth"), times)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replay
+
+def checkpointed(model, step, x, y, state, scale):
+    """bptt in which autograd keeps only the inputs of each call of the model, and repeats the call on the way back."""
+    repeated = lambda *args: checkpoint(step, *args, use_reentrant=False)
+    return stream.bptt(model, repeated, x, y, state, scale)
+
+
+BACKWARD = dict(bptt=stream.bptt, checkpointed=checkpointed, replay=stream.replay)
+
+
+def replay(model, through, batch=1, rounds=3):
+    """Three ways to the same gradients through K segments, K in `through`: the most bytes alive at once beside weights
+    and gradients, and the time, each also as a multiple of what bptt takes. {way: [dict(K, ...), ...]}"""
+    device, step, ways = stream.device_of(model), stream.make_step(model), {}
+    for K in through:
+        x = torch.randint(model.c.vocab, (batch, K * model.c.seg), device=device)
+        for way, backward in BACKWARD.items():
+            ways[way, K] = lambda f=backward, x=x: f(model, step, x, x, model.init_state(batch), 1 / x.numel())
+    ways["bptt", through[0]]()                               # makes the gradients, to which the others add
+    peaks = {}
+    for key, once in ways.items():
+        with LiveBytes() as live:
+            once()
+        peaks[key] = live.peak
+    times = dict(zip(ways, seconds(device, *ways.values(), rounds=rounds)))
+    return {way: [dict(K=K, peak=peaks[way, K], ms=1000 * float(np.median(times[way, K])),
+                       bytes_over_bptt=peaks[way, K] / peaks["bptt", K],
+                       time_over_bptt=float(np.median(times[way, K] / times["bptt", K]))) for K in through]
+            for way in BACKWARD}

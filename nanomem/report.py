@@ -1,0 +1,318 @@
+"""The tables and pictures of bench.py, from the contents of result files.
+
+Most functions take models = {model: {task: what measure.py returned}}.
+"""
+import numpy as np
+
+PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))   # MB, speed: 2010.06891, table 3
+
+
+def merged(runs):
+    """The results of several seeds as one: the mean of each number, and of an accuracy also `each`. Of lists, the first
+    entries that all seeds have."""
+    one = runs[0]
+    if isinstance(one, dict):
+        each = dict(each=[r["accuracy"] for r in runs]) if "accuracy" in one else {}
+        return {**{k: merged([r[k] for r in runs]) for k in one if all(k in r for r in runs)}, **each}
+    if isinstance(one, list):
+        return [merged(same) for same in zip(*runs)]
+    return one if all(r == one for r in runs) else sum(runs) / len(runs)
+
+
+def collect(results):
+    """The contents of result files -> {model: {task: what was measured, merged over seeds}}, in their order."""
+    models = {}
+    for r in results:
+        models.setdefault(r["model"], {}).setdefault(r["task"], []).append(r["measured"])
+    return {model: {task: merged(runs) for task, runs in by_task.items()} for model, by_task in models.items()}
+
+
+def head(results, command):
+    """Two lines over the report: the command, and machines, seeds and minutes."""
+    machines = sorted({f"{r['machine']}, torch {r['torch']}" for r in results})
+    seeds = sorted({r["seed"] for r in results})
+    trained = {r["settings"].get("train"): r["train_minutes"] for r in results}     # several may share a training
+    minutes = sum(r["minutes"] for r in results) + sum(trained.values())
+    return (f"{command}\n{'; '.join(machines)}; seed {', '.join(map(str, seeds))}; {minutes:.1f} minutes, those of all "
+            "processes together")
+
+
+def interval(ours, theirs, draws=2000):
+    """The difference of two losses in nats a token and its 95% interval over books: the same books are drawn again and
+    again, with replacement. ours and theirs: [nats, tokens] of each book."""
+    (x, n), (y, _) = np.transpose(ours), np.transpose(theirs)
+    i = np.random.default_rng(0).integers(len(n), size=(draws, len(n)))                # (draws, books)
+    low, high = np.percentile((x - y)[i].sum(1) / np.maximum(n[i].sum(1), 1), [2.5, 97.5])
+    return (x - y).sum() / n.sum(), low, high
+
+
+def table(head, rows):
+    """A Markdown table whose columns line up. Rows may be shorter than the head."""
+    lines = [[str(cell) for cell in line] + [""] * (len(head) - len(line)) for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in lines]
+    lines.insert(1, ["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def size(n):
+    """Bytes as people write them."""
+    return f"{n:.0f} B" if n < 1024 else f"{n / 1024:.1f} KB" if n < 2 ** 20 else f"{n / 2 ** 20:.1f} MB"
+
+
+def range_of(part):
+    """The head of a column of books: a range of positions."""
+    return "-".join(f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in (part["start"], part["end"]))
+
+
+def column_of(part):
+    """The head of a column of a task: a range of distances, or the length of the text."""
+    return f"{part['start']}-{part['end'] - 1}" if "start" in part else f"{part['length']:,}"
+
+
+def percent(part):
+    """The mean accuracy, of several seeds also the lowest and the highest, and behind a colon the retrieval hits."""
+    each = part.get("each", [0])
+    ends = f" ({min(each):.0%} to {max(each):.0%})" if len(each) > 1 else ""
+    return f"{part['accuracy']:.0%}{ends}" + (f": {part['hits']:.0%}" if "hits" in part else "")
+
+
+def results_of(models, task):
+    """{model: its result}, of the models that have one."""
+    return {name: results[task] for name, results in models.items() if results.get(task)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def first_table(models):
+    """A line for each model, with the main figures of books, recall and cost. None if none of them was measured."""
+    rows = {}
+    for name, results in models.items():
+        cells = rows[name] = {}
+        books, recall, cost = (results.get(task) for task in ("books", "recall", "cost"))
+        if books or cost:
+            cells["params"] = f"{(books or cost)['parameters'] / 1e6:.2f}M"
+        if books:
+            cells.update({"loss": f"{books['all']['loss']:.3f}", "bits/byte": f"{books['all']['bits_per_byte']:.3f}"})
+        for i, part in enumerate(recall[:4] if recall else []):
+            cells["recall " * (i == 0) + column_of(part)] = f"{part['accuracy']:.0%}"
+        if books or cost:
+            cells["state"] = size((books or cost)["state_bytes"])
+        if cost:
+            cells["train tok/s"] = f"{cost['training_tokens_per_s'] / 1e3:.1f}k"
+            cells["ms/token"] = f"{cost['reading'][-1]['decode_ms']:.2f}"
+    columns = max(rows.values(), key=len)
+    if not columns:
+        return None
+    meaning = dict(loss="nats a token on held-out books", recall="accuracy by tokens back to the answer",
+                   state="bytes of memory for one text", ms="to decode a token after a long text")
+    legend = [f"{word}: {text}" for word, text in meaning.items() if any(c.startswith(word) for c in columns)]
+    body = [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items() if cells]
+    return ";\n".join(legend) + f".\n\n{table(['model', *columns], body)}"
+
+
+def by_model(title, results, columns, cells, last=None):
+    """[] without results, else [title and table]: a line for each model. columns(result) and cells(result) are lists;
+    last(result) is one more line."""
+    if not results:
+        return []
+    longest = max(results.values(), key=lambda r: len(columns(r)))         # some models may have fewer columns
+    rows = [[name, *cells(r)] for name, r in results.items()] + ([["", *last(longest)]] if last else [])
+    return [f"{title}:\n\n{table(['model', *columns(longest)], rows)}"]
+
+
+def books_tables(models):
+    results = results_of(models, "books")
+    if not results:
+        return []
+    base = "gpt" if "gpt" in results else next(iter(results))
+    more = lambda r: f"{r['parameters'] / results[base]['parameters'] - 1:+.1%}"
+    parts = lambda r: [r["all"], *r["by_position"]]
+    heads = lambda r: ["all", *map(range_of, r["by_position"])]
+
+    def minus_base(r):
+        for ours, theirs in zip(parts(r), parts(results[base])):
+            mean, low, high = interval(ours["by_book"], theirs["by_book"])
+            yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
+
+    count = results[base]["books"]
+    found = by_model(f"Held-out books ({count}): size, and loss in three units", results,
+                     lambda r: ["parameters", f"to {base}'s", "state", "nats/token", "bits/byte", "word perplexity"],
+                     lambda r: [f"{r['parameters']:,.0f}", more(r), size(r["state_bytes"]), f"{r['all']['loss']:.3f}",
+                                f"{r['all']['bits_per_byte']:.3f}", f"{r['all']['word_perplexity']:.0f}"])
+    found += by_model("Loss in nats a token by position in the book", results, heads,
+                      lambda r: [f"{part['loss']:.3f}" for part in parts(r)])
+    if count > 1:
+        others = {name: r for name, r in results.items() if name != base}
+        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books; ~ where it holds 0)",
+                          others, heads, lambda r: list(minus_base(r)))
+    for key, title in dict(empty="when the memory is empty", another="with another book's memory").items():
+        found += by_model(f"Loss increase {title}, by position in the book",
+                          {name: r for name, r in results.items() if key in r["all"]}, heads,
+                          lambda r: [f"{part[key]:.3f}" for part in parts(r)])
+    found += by_model("Loss by position in the segment", results,
+                      lambda r: [f"{x['start']}-{x['end'] - 1}" for x in r["in_segment"]],
+                      lambda r: [f"{x['loss']:.3f}" for x in r["in_segment"]])
+    return found + by_model(
+        "Loss on held-out text after a tenth of the steps, by learning rate; the best one was taken",
+        {name: r["search"] for name, r in results.items() if r.get("search")}, list,
+        lambda tried: [f"{loss:.3f}" for loss in tried.values()])
+
+
+def passage_table(models):
+    return by_model("Loss decrease of a passage that was read before, by the segments of another book in between (nats "
+                    "a token, 95% interval over passages)", results_of(models, "passage"),
+                    lambda r: [x["after"] for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
+
+
+def task_table(models, task, about):
+    return by_model(f"Accuracy on {task}, {about} (last line: number of questions)", results_of(models, task),
+                    lambda r: list(map(column_of, r)), lambda r: list(map(percent, r)),
+                    lambda r: [f"{part['questions']:,.0f}" for part in r])
+
+
+def cost_tables(models):
+    results = results_of(models, "cost")
+    found = by_model("After so many tokens: ms a token to read on, ms a token to decode, bytes held, peak bytes",
+                     results, lambda r: [f"{x['after']:,}" for x in r["reading"]],
+                     lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
+                                for x in r["reading"]])
+    return found + by_model("Time a token after the longest text, over that after the shortest; and training speed "
+                            "over that of nanoGPT's model, same shape, plain PyTorch", results,
+                            lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager")],
+                            lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
+
+
+def replay_table(models):
+    results = results_of(models, "replay")
+    if not results:
+        return []
+    columns = [f"K={x['K']}" for x in next(iter(results.values()))["bptt"]]
+    rows = [[name, way, *[f"{size(x['peak'])}, {x['ms']:.0f} ms" for x in r[way]],
+             *[f"{x['bytes_over_bptt']:.2f}x, {x['time_over_bptt']:.2f}x" for x in (r[way][1], r[way][-1])],
+             f"{r[way][-1]['peak'] / r[way][1]['peak']:.2f}x"] for name, r in results.items() for way in PAPER]
+    for way, (megabytes, speed) in PAPER.items():
+        cells = dict.fromkeys(columns, "") | {"K=4": f"{megabytes:,} MB"}
+        rows.append(["the paper", way, *cells.values(), f"{megabytes / 16177:.2f}x, {1 / speed:.2f}x"])
+    return ["Peak bytes and time of forward and backward through K segments, beside weights and gradients; both over "
+            f"those of bptt; and the bytes at {columns[-1]} over those at {columns[1]}. The paper's: 2010.06891, table "
+            "3, 12 layers of width 512, all that the GPU held:\n\n"
+            + table(["model", "way", *columns, f"{columns[1]} over bptt", f"{columns[-1]} over bptt", "growth"], rows)]
+
+
+def tables(models, about):
+    """All tables, as text. about: {task: what its table shows}."""
+    parts = [first_table(models), *books_tables(models), *passage_table(models)]
+    for task, text in about.items():
+        parts += task_table(models, task, text)
+    return "\n\n".join(filter(None, [*parts, *cost_tables(models), *replay_table(models), *claims_table(models)]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Claims of the papers. Each function takes {model: {task: result}} and returns what was found, as text, and whether the
+# claim holds; or None if this was not measured
+
+def columns_of(models, name, task):
+    """Of the first model whose name begins so, and whose settings were not changed for the test; or None."""
+    return next((results[task] for model, results in models.items()
+                 if model.startswith(name) and "/" not in model and results.get(task)), None)
+
+
+def search_beats_the_newest_memory(models):
+    rmt, hmt = (models.get(name, {}).get("books") for name in ("rmt", "hmt"))
+    if rmt and hmt and hmt["interleave"] > 1:
+        mean, low, high = interval(hmt["all"]["by_book"], rmt["all"]["by_book"])
+        return f"{mean:+.3f} nats ({low:+.3f} to {high:+.3f})", high < 0
+
+
+def replay_needs_one_segment(models):
+    for results in models.values():
+        if "replay" in results:
+            few, many = results["replay"]["replay"][1], results["replay"]["replay"][-1]
+            return (f"{many['peak'] / few['peak']:.2f}x the bytes at K={many['K']} as at K={few['K']}, "
+                    f"{many['time_over_bptt']:.2f}x the time", many["peak"] < 1.05 * few["peak"])
+
+
+def a_store_keeps_longer(models):
+    pool, store = (columns_of(models, name, "retain") for name in ("memoryllm", "mplus"))
+    if pool and store:
+        a, b = half_life(pool), half_life(store)
+        return f"accuracy halves after {a:.0f} and {b:.0f} tokens", b >= 8 * a
+
+
+def half_life(columns):
+    """Tokens at which the accuracy is below half of that in the first column, inf if it never is."""
+    return next((part["start"] for part in columns if part["accuracy"] < columns[0]["accuracy"] / 2), float("inf"))
+
+
+def eidetic_tokens_help(models):
+    found = [columns_of(models, name, "mqar") for name in ("mamba", "hybrid", "bmojo_f", "bmojo:state=8:eidetic=24")]
+    if all(found):
+        every = [np.average([part["accuracy"] for part in columns], weights=[part["questions"] for part in columns])
+                 for columns in found]
+        far = [columns[-1]["accuracy"] for columns in found]
+        text = lambda shares: ", ".join(f"{x:.0%}" for x in shares)
+        return f"{text(every)} of all questions; beyond the window {text(far)}", every == sorted(every)
+
+
+def a_needle_is_found_far_away(models):
+    columns = columns_of(models, "gca", "needle")
+    if columns and columns[-1]["length"] >= 64_000:
+        far = columns[-1]
+        return (f"{far['accuracy']:.0%} right, {far['hits']:.0%} retrieved in {far['length']:,} tokens",
+                far["accuracy"] > 0.95)
+
+
+CLAIMS = (
+    ("HMT", "on interleaved books a search beats the newest memory (RMT)", search_beats_the_newest_memory),
+    ("Memformer", "memory replay needs the memory of one segment, at little more time", replay_needs_one_segment),
+    ("M+", "keeps 8 times longer than MemoryLLM (160k tokens, not 20k)", a_store_keeps_longer),
+    ("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory", eidetic_tokens_help),
+    ("GCA", "finds a needle in 1,000 times the length of training", a_needle_is_found_far_away),
+)
+
+
+def claims_table(models):
+    rows = []
+    for paper, says, check in CLAIMS:
+        found = check(models)
+        if found:
+            text, holds = found
+            rows.append([paper, says, text, "holds" if holds else "does not hold here"])
+    return [f"What the papers say:\n\n{table(['paper', 'says', 'found here', ''], rows)}"] if rows else []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def draw(models, tasks, folder):
+    """books.svg, the loss minus that of the first model by position in the book, and a picture for each task. Returns
+    the names of the files."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    names = []
+    for task in ("books", *tasks):
+        results = results_of(models, task)
+        if not results:
+            continue
+        figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+        axes.set_prop_cycle(color=pyplot.cm.tab20.colors)
+        first = next(iter(results))
+        for name, r in results.items():
+            if task == "books":
+                x = [part["end"] for part in r["by_position"]]
+                y = [part["loss"] - base["loss"] for part, base in zip(r["by_position"], results[first]["by_position"])]
+                axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s", xscale="log")
+            else:
+                x, y = [part.get("start", part["length"]) for part in r], [part["accuracy"] for part in r]
+                far = "tokens back to the answer" if "start" in r[0] else "tokens in the text"
+                axes.set(xlabel=far, ylabel="accuracy", ylim=(0, 1.02), xscale="log" if max(x) > 1000 else "linear")
+            axes.plot(x, y, marker=".", label=name)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", frameon=False)
+        figure.savefig(f"{folder}/{task}.svg")
+        pyplot.close(figure)
+        names.append(f"{task}.svg")
+    return names

@@ -1,0 +1,145 @@
+"""What bench.py trains and measures: the sizes and rates of a suite, and the tasks with their models. Only data."""
+import math
+from dataclasses import dataclass, field, replace
+
+VOCAB = 4160                                                     # of untrained models: gpt2-4k's, rounded up
+POSITIONS = (0, 256, 512, 1024, 4096, 16_384, 65_536, 1 << 40)   # in a book: a column of the report ends at each
+READ = (1024, 16_384, 262_144)                                   # tokens before a measurement of cost; and --read
+BPTT_WINDOWS = (2, 4, 8, 16, 32)                                 # K, segments through which replay is measured
+
+
+@dataclass
+class Suite:
+    tasks: str = "books,recall,cost"   # which, with commas between them, or all
+    models: str = ""             # which (see above), or all; without it those that the task was made for, or all
+    layers: int = 2              # of the models that read books, and of those whose cost is measured
+    heads: int = 2               # attention heads
+    width: int = 64              # channels
+    seg: int = 64                # S, tokens in a segment
+    equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
+    steps: int = 20              # training steps on books
+    task_steps: int = 0          # training steps on a synthetic task; 0: as many as the task needs
+    batch: int = 8               # B, books side by side
+    segments: int = 4            # K, segments in a BPTT window
+    interleave: int = 1          # books that a batch element alternates between
+    interleave_len: int = 1      # segments from one book before the next has its turn
+    lr: float = 4e-3             # peak learning rate on books
+    search: str = ""             # multiples of it that are tried on books for a tenth of the steps: 0.5,1,2
+    upto: int = 0                # tokens of each held-out book that are scored; 0: all
+    read: int = 100_000          # tokens before the last measurement of cost; the longest text of needle
+    seed: int = 1                # of the weights, the order of the books and the training texts
+    seeds: int = 1               # how many seeds, from that one on
+    compile: bool = False        # compile both models whose training speed is compared
+
+
+@dataclass
+class Task:
+    """A synthetic task: how models are trained on it, and how they are tested."""
+    about: str                 # what the columns of its table are, and what was done
+    train: dict                # flags of train.py
+    tests: dict                # tokens in a text -> the task with its settings
+    texts: int                 # that a test reads at the shortest length; of longer texts fewer, as many tokens in all
+    batch: int = 64            # texts side by side
+    edges: tuple = ()          # distances at which a column ends; without them, a column for each length
+    models: tuple = ()         # the models it was made for; all where it is empty
+    others: str = ""           # settings of all other models
+    text_segments: int = 0     # segments in a training text, where that is more than a BPTT window
+    long_texts: bool = False   # give memory room for the whole text (model.for_length), and stop at --read
+    longest: dict = field(default_factory=dict)   # model -> its longest text, where longer ones take too much time
+
+    def flags(self, settings, steps=0):
+        """The flags of train.py for a model with these settings, for `steps` steps where that is not 0. Where a text is
+        several BPTT windows long there are more steps, so that as many texts are read."""
+        windows = max(1, self.text_segments // int(settings.get("segments", self.train["segments"])))
+        return dict(self.train, data=self.train["data"] + f":bptt_windows={windows}" * (windows > 1),
+                    steps=(steps or self.train["steps"]) * windows)
+
+    def tests_for(self, name, read):
+        """The tests of a model, without texts that are too long."""
+        most = min(read, self.longest.get(name, read)) if self.long_texts else math.inf
+        return {T: test for T, test in self.tests.items() if T <= most}
+
+
+SMALL, NARROW = dict(layers=2, heads=2, width=64), dict(layers=2, heads=2, width=32)
+SLOW = dict(full=8192)   # the time of full attention grows with the square of the text
+
+
+def recall(pairs, batch, steps, texts):
+    """Texts and segments in proportion to the number of pairs."""
+    S = 8 * pairs
+    return Task(f"by tokens back to the answer: {pairs} pairs, segments of {S} tokens; trained on texts of 4 segments, "
+                "tested on 8",
+                dict(SMALL, data=f"recall:pairs={pairs}:mixed=yes", batch=batch, segments=4, seg=S, steps=steps,
+                     lr=5e-3, cooldown=0.4),
+                {8 * S: f"recall:pairs={pairs}:asks=2"}, texts, edges=tuple(range(0, 8 * S + 1, S)))
+
+
+def needles(settings, asks, lengths):
+    """The tests of needle: at the first length as many questions as in training, in longer texts 24 a needle."""
+    return {T: f"needle:{settings}:asks={24 if T > lengths[0] else asks}" for T in lengths}
+
+
+def and_controls(gca):
+    """GCA as it was trained, and the same weights with chunks that are retrieved in two other ways."""
+    return gca, f"{gca}/retrieval=random", f"{gca}/retrieval=recent"
+
+
+TASKS = dict(
+    recall=recall(2, batch=48, steps=240, texts=512),
+    recall8=recall(8, batch=16, steps=1200, texts=512),
+    recall32=recall(32, batch=4, steps=1200, texts=128),
+    delayed=Task(
+        "by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; trained on "
+        "texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
+        dict(SMALL, data="delayed:gap=64", batch=32, segments=8, seg=16, steps=120, lr=5e-3),
+        {256: "delayed:gap=64"}, texts=1024, edges=(0, 16, *range(48, 257, 32)), text_segments=8,
+        models=("memformer", "memformer:segments=4", "memformer:segments=2", "memformer:segments=1", "rmt", "hmt", "xl",
+                "gpt")),
+    mqar=Task(
+        "by tokens since the pair: 8 pairs, then as many questions, in texts of 64 tokens, which are one call, or "
+        "segments of 16 where that is said; attention windows of 16 tokens, unless another number is said",
+        dict(SMALL, data="mqar", batch=64, segments=1, seg=64, steps=300, lr=5e-3),
+        {64: "mqar"}, texts=2048, edges=(0, 16, 64), others=":seg=16:segments=4",
+        models=("mamba:state=8", "bmojo:mix=window", "hybrid:state=8", "bmojo_f:state=8", "bmojo:state=8:eidetic=8",
+                "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
+                "bmojo:state=8:eidetic=24:select=16-48", "bmojo:mix=window:window=64")),
+    needle=Task(
+        "by tokens in the text: trained on 64; 2 needles, each asked for 3 times, in longer texts 24 times; behind a "
+        "colon the share of questions whose needle was among the 4 chunks of 4 tokens that were retrieved",
+        dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900, lr=4e-3),
+        needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
+        longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full")),
+    needle1k=Task(
+        "by tokens in the text: as needle, trained on 1,024 tokens with 32 questions for each needle",
+        dict(NARROW, data="needle:pairs=2:notice=4:asks=32", batch=8, segments=1, seg=1024, steps=800, lr=2e-3,
+             cooldown=0.4),
+        needles("pairs=2:notice=4", 32, (1024, 4096, 16_384, 65_536, 2 ** 18, 2 ** 20)), texts=32, batch=16,
+        long_texts=True, longest=SLOW,
+        models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2")),
+    hops=Task(
+        "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value; "
+        "behind a colon the share of questions for which the place of the value was retrieved",
+        dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256, steps=4000,
+             lr=4e-3, cooldown=0.3),
+        needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, longest=SLOW,
+        models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2")),
+    retain=Task(
+        "by tokens since the fact: segments of 4 tokens; pools of 16 vectors, of which each segment replaces 2, and "
+        "stores of 64 and 512; trained on texts of 16 segments, tested on 256",
+        dict(SMALL, data="retain", batch=64, segments=16, seg=4, steps=400, lr=3e-3),
+        {1024: "retain"}, texts=256, edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
+        models=("gpt", "memoryllm", "mplus:ask=self:query=1:store=512", "mplus:ask=self:query=1:store=64")),
+)
+TASKS["noise"] = replace(
+    TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",
+    train=dict(TASKS["mqar"].train, data="mqar:noise=yes"), tests={64: "mqar:noise=yes"},
+    models=("bmojo_f:state=8", "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
+            "bmojo:mix=window:window=64"))
+
+ORDER = ("books", "passage", *TASKS, "cost", "replay")   # of the report
+
+SUITES = dict(
+    laptop={},   # the defaults
+    night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, equal=True,
+               search="0.25,0.5,1", seeds=2, read=2 ** 20,
+               tasks="books,passage,recall,delayed,mqar,noise,needle,needle1k,hops,retain,cost,replay"))

@@ -1,0 +1,221 @@
+"""measure.py: what it measures on tiny models and texts, against slower ways and against what must be so."""
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import nanomem
+from nanomem import data, measure, stream, suites
+from nanomem.data import Batch
+
+from conftest import tiny
+
+S, EDGES = 32, suites.POSITIONS
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Shards of four small books, two for validation."""
+    folder = tmp_path_factory.mktemp("books") / "shards"
+    texts = [(str(i), f"Book {i}. " * (60 * i)) for i in range(1, 5)]
+    data.write_shards(folder, data.tokenizer("bytes"), dict(train=texts[:2], validation=texts[2:]))
+    return folder
+
+
+@pytest.fixture
+def books(shards):
+    return data.open_shards(shards, "validation")
+
+
+def by_position(model, books, **more):
+    return measure.loss_by_position(model, books, EDGES, **{**dict(batch=8, segments=2), **more})
+
+
+# books
+
+@torch.no_grad()
+def test_every_token_is_scored_once_and_the_units_agree(books):
+    model = tiny("rmt", vocab=320)
+    found, few = by_position(model, books), by_position(model, books, upto=100)
+    nats = 0.0
+    for tokens in books.tokens:                               # the slow way: a book at a time
+        ids, state = torch.tensor(tokens.astype(np.int64))[None], model.init_state(1)
+        for i in range(0, ids.size(1) - 1, S):
+            x, y = ids[:, i:i + S], ids[:, i + 1:i + 1 + S]
+            logits, state = model(F.pad(x, (0, S - x.size(1))), state)
+            nats += F.cross_entropy(logits[0, :y.size(1)], y[0], reduction="sum").item()
+    n = sum(books.sizes)
+    assert few["all"]["tokens"] == 100 * len(books) and len(books.tokens[0]) > 101
+    assert found["all"]["tokens"] == n and abs(found["all"]["loss"] - nats / n) < 1e-4
+    assert abs(found["all"]["bits_per_byte"] - nats / n / np.log(2)) < 1e-4     # one byte a token
+    assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(books.words)) - 1) < 1e-3
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert sum(part["tokens"] for part in found["by_position"]) == n
+    assert sum(tokens for _, tokens in found["all"]["by_book"]) == n
+
+
+def test_a_model_without_memory_does_not_care_about_interleaved_books(books):
+    one, two = (by_position(tiny("gpt", vocab=320), books, interleave=n) for n in (1, 2))
+    assert abs(one["all"]["loss"] - two["all"]["loss"]) < 1e-6
+    assert np.allclose(one["all"]["by_book"], two["all"]["by_book"])
+
+
+def test_an_empty_memory_or_another_books_changes_nothing_where_there_is_none(books):
+    found = {name: by_position(tiny(name, vocab=320), books)["all"] for name in ("gpt", "xl")}
+    assert found["gpt"]["empty"] == found["gpt"]["another"] == 0
+    assert abs(found["xl"]["empty"]) > 1e-3 and abs(found["xl"]["another"]) > 1e-3
+
+
+def test_another_books_memory_is_that_of_the_element_before(books):
+    """Two elements change places: the loss is that of the loop in which their states are exchanged."""
+    model = tiny("rmt", vocab=320)
+    loss, nats = by_position(model, books, segments=1, upto=3 * S)["all"], 0.0
+    tokens = torch.stack([torch.tensor(t[:3 * S + 1].astype(np.int64)) for t in books.tokens])        # (2, 3S+1)
+    state = model.init_state(2)
+    with torch.no_grad():
+        for i in range(0, 3 * S, S):
+            logits, state = model(tokens[:, i:i + S], {k: v.flip(0) for k, v in state.items()})
+            nats += F.cross_entropy(logits.flatten(0, 1), tokens[:, i + 1:i + 1 + S].flatten(), reduction="sum").item()
+    assert abs(loss["loss"] + loss["another"] - nats / (6 * S)) < 1e-5
+
+
+def test_a_single_book_has_no_other_memory(books):
+    books.names, books.tokens = books.names[:1], books.tokens[:1]
+    assert "another" not in by_position(tiny("rmt", vocab=320), books)["all"]
+
+
+def test_no_model_is_scored_where_one_has_seen_the_target(books):
+    like = [tiny("hmt", vocab=320, seg=16, query="paper")]
+    for x in measure.token_losses(tiny("gpt", vocab=320, seg=16), books, 2, 2, like=like):
+        assert (np.isnan(x) == (np.arange(len(x)) % 16 < 7)).all()
+
+
+def test_a_passage_helps_as_long_as_it_can_be_seen(books):
+    """gpt sees no earlier segment; two layers of a window that is a segment long see two of them, and no further."""
+    gains = {name: [x["gain"] for x in measure.passage(tiny(name, vocab=320, seg=16), books, 8, (0, 1, 2, 4))]
+             for name in ("gpt", "window", "rmt")}
+    assert gains["gpt"] == [0, 0, 0, 0] and gains["window"][0] != 0 and gains["window"][2:] == [0, 0]
+    assert all(gains["rmt"])
+
+
+# tasks
+
+class Copier(torch.nn.Module):
+    """Retrieves the span of four tokens in which the answer stands, or another one, and answers from it or with 0."""
+
+    def __init__(self, batch, right):
+        super().__init__()
+        self.c, self.batch, self.right = nanomem.build("gpt", vocab=64, seg=8).c, batch, right
+        self.head = torch.nn.Linear(1, 1)
+
+    def init_state(self, B):
+        return dict(n=torch.zeros(B, dtype=torch.long))
+
+    def read(self, state):
+        return state["n"], None
+
+    def extend(self, tokens, cache):
+        n = cache[0]
+        here = slice(int(n[0]), int(n[0]) + tokens.size(1))
+        answer = torch.where(self.right[:, here], self.batch.y[:, here].clamp(min=0), 0)
+        where = (self.batch.position - self.batch.distance)[:, here] // 4 * 4
+        start = torch.where(self.right[:, here], where, -1)[..., None].expand(-1, -1, 2).clone()
+        start[..., 0] = -1                                                     # one of two retrieves nothing
+        return F.one_hot(answer, 64).float(), (n, torch.stack([start, torch.where(start < 0, -1, start + 4)], -1))
+
+    def write(self, cache, state):
+        return dict(n=state["n"] + self.c.seg)
+
+    def retrieved(self, cache):
+        return cache[1]
+
+    def scored(self):
+        return torch.ones(8, dtype=torch.bool)
+
+
+def test_a_retrieval_hit_is_a_span_that_holds_the_answer():
+    B, T = 2, 32
+    position = torch.arange(T).expand(B, T)
+    distance, y = torch.randint(1, 8, (B, T)).minimum(position), torch.randint(1, 64, (B, T))
+    batch = Batch(y, y, torch.ones(B, dtype=torch.bool), position, distance, torch.arange(B))
+    right = torch.rand(B, T) < 0.5
+    correct, hits = measure.answer(Copier(batch, right), batch)
+    assert torch.equal(correct, right) and torch.equal(hits, right)
+
+
+def test_what_gca_retrieves_is_looked_up_in_its_cache():
+    """Chosen as the most recent ones, the chunks that are retrieved are known: the k before the chunk before."""
+    model = tiny("gca", seg=16, chunk=4, topk=2, bank=64, retrieval="recent", vocab=128).eval()
+    x = torch.randint(64, (2, 64))
+    position = torch.arange(64).expand(2, 64)
+    for back in (4, 8, 12, 20):
+        distance = torch.full_like(x, back).minimum(position)
+        batch = Batch(x, x, torch.ones(2, dtype=torch.bool), position, distance, torch.arange(2))
+        age = position // 4 - (position - distance) // 4                       # of the chunk, in chunks
+        expected = (age >= 2) & (age <= 3)
+        assert torch.equal(measure.answer(model, batch)[1], expected)
+    assert measure.answer(tiny("rmt", vocab=128), batch)[1] is None
+
+
+def test_accuracy_is_counted_by_the_distance_to_the_answer():
+    """The columns of a task add up to the number of its questions, and those that hold few are left out."""
+    model, settings = tiny("gpt", seg=16, vocab=128).eval(), dict(T=64, texts=64, batch=32)
+    whole, = measure.accuracy(model, "recall", **settings)
+    parts = measure.accuracy(model, "recall", edges=(0, 8, 16, 32, 64), least=1, **settings)
+    assert sum(p["questions"] for p in parts) == whole["questions"] and "start" not in whole
+    assert abs(sum(p["questions"] * p["accuracy"] for p in parts) / whole["questions"] - whole["accuracy"]) < 1e-9
+    assert [p["start"] for p in parts] == [0, 8, 16, 32] and "hits" not in whole
+    few = measure.accuracy(model, "recall", edges=(0, 8, 16, 32, 64), least=parts[0]["questions"], **settings)
+    assert few == [p for p in parts if p["questions"] >= parts[0]["questions"]] != parts
+
+
+# cost and replay
+
+def test_live_bytes_counts_what_is_alive_at_once():
+    before = torch.ones(1000)
+    with measure.LiveBytes() as live:
+        before[10:].view(-1)
+        a = torch.ones(256)
+        b = a + 1
+        b.view(16, 16)
+        del a
+        c = b * 2
+    assert live.peak == 2 * 1024 and live.now == 2 * 1024 and c.numel()
+
+
+def test_replay_holds_one_segment_however_many_there_are(name):
+    """Peak bytes of a step: flat in K for replay but for states and tokens, growing for back-propagation."""
+    def peak(backward, K):
+        step = measure.training_step(tiny(name, seg=16, layers=1), 2, K, backward)
+        step()
+        with measure.LiveBytes() as live:
+            step()
+        return live.peak
+    assert peak(stream.bptt, 16) > 2 * peak(stream.bptt, 4)
+    model = tiny(name, seg=16, layers=1)
+    kept = 2 * (stream.nbytes(model.init_state(1)) + 8 * model.c.seg)     # of 2 texts, for a segment: state and tokens
+    assert peak(stream.replay, 16) - peak(stream.replay, 4) <= 12 * kept * 1.1
+
+
+def test_replay_and_checkpoints_need_one_segment_and_bptt_all():
+    found = measure.replay(tiny("memformer", mem=4, layers=1, vocab=640), (2, 4, 16), rounds=1)
+    peak = {way: [x["peak"] for x in rows] for way, rows in found.items()}
+    assert [x["K"] for x in found["bptt"]] == [2, 4, 16] and all(x["ms"] > 0 for r in found.values() for x in r)
+    assert peak["bptt"][-1] > 3 * peak["bptt"][1]
+    assert peak["replay"][-1] < 1.05 * peak["replay"][1] and peak["checkpointed"][-1] < 1.05 * peak["checkpointed"][1]
+
+
+def test_nanogpts_model_is_as_large_as_gpt():
+    c = nanomem.build("gpt").c
+    gpt, other = nanomem.build("gpt"), measure.NanoGPT(c)
+    assert other(torch.zeros(2, c.seg, dtype=torch.long), {})[0].shape == (2, c.seg, c.vocab)
+    n = measure.parameters(gpt)
+    assert abs(n - gpt.head.weight.numel() - measure.parameters(other)) < 0.05 * n      # it ties its head
+
+
+def test_what_is_held_does_not_grow_with_the_text():
+    found = measure.cost(tiny("rmt", seg=16), 2, 2, (64, 512))
+    few, many = found["reading"]
+    assert (few["after"], many["after"]) == (64, 512) and few["held"] == many["held"] > 0
+    assert found["state_bytes"] > 0 and found["speed_over_nanogpt"] > 0 and found["decode_growth"] > 0
+    assert measure.cost(tiny("gpt", seg=16), 2, 2, (64,))["state_bytes"] == 0

@@ -1,0 +1,134 @@
+"""report.py: intervals, means over seeds, tables and claims, from plain dicts."""
+import pytest
+
+from nanomem import report
+
+
+def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
+    theirs = [[10.0 * n, n] for n in (5, 7, 100)]
+    mean, low, high = report.interval([[nats - n / 2, n] for nats, n in theirs], theirs)
+    assert mean == low == high == -0.5
+    mean, low, high = report.interval([[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))], theirs)
+    assert low < mean < high and abs(mean - 3 / 112) < 1e-12
+
+
+def result(task, model, seed, measured, **more):
+    return dict(task=task, model=model, seed=seed, measured=measured, settings=dict(train=f"{task} {model} {seed}"),
+                machine="a CPU", torch="2", minutes=1.0, train_minutes=2.0, **more)
+
+
+def test_seeds_become_a_mean_and_accuracies_are_kept_too():
+    results = [result("recall", "rmt", seed, [dict(length=9, questions=n, accuracy=a)])
+               for seed, n, a in ((1, 60, 0.25), (2, 80, 0.75))] + [result("recall", "gpt", 1, [])]
+    models = report.collect(results)
+    assert models == dict(rmt=dict(recall=[dict(length=9, questions=70, accuracy=0.5, each=[0.25, 0.75])]),
+                          gpt=dict(recall=[]))
+    text = report.tables(models, dict(recall="by tokens"))
+    assert "50% (25% to 75%)" in text and "| gpt " not in text
+    assert report.merged([dict(a=[1, 2, 3], b="x"), dict(a=[3, 4], b="x")]) == dict(a=[2, 3], b="x", )
+
+
+def test_minutes_of_a_training_that_serves_two_tasks_count_once():
+    results = [result(task, "rmt", 1, {}) for task in ("books", "passage")]
+    for r in results:
+        r["settings"] = dict(train="the same")
+    assert "4.0 minutes" in report.head(results, "python bench.py")
+    assert report.head(results, "python bench.py").startswith("python bench.py\na CPU, torch 2; seed 1; ")
+
+
+def books(loss, per_book=(0, 0), **more):
+    """A result of books: two books of 300 tokens, each with a loss of its own."""
+    def part(start, end):
+        n = end - start
+        return dict(start=start, end=end, tokens=2 * n, loss=loss, bits_per_byte=2.0, word_perplexity=9.0, empty=0.125,
+                    another=0.5, by_book=[[n * (loss + x), n] for x in per_book])
+    return dict(books=2, interleave=1, parameters=1000, state_bytes=2048, all=part(0, 300),
+                by_position=[part(0, 256), part(256, 300)], in_segment=[dict(start=0, end=1, loss=loss)],
+                search={}, **more)
+
+
+def cost():
+    reading = [dict(after=n, read_ms=0.5, decode_ms=2.0, held=100, peak=2 ** 21) for n in (1024, 2048)]
+    return dict(parameters=1000, state_bytes=2048, compiled=False, training_tokens_per_s=12345.6, reading=reading,
+                speed_over_nanogpt=1.5, read_growth=1.0, decode_growth=1.25)
+
+
+def test_the_first_table_fits_a_page_and_its_words_are_plain():
+    recall = [dict(length=128, start=n, end=n + 16, questions=99, accuracy=1.0) for n in range(0, 128, 16)]
+    models = {name: dict(books=books(5.5), recall=recall, cost=cost()) for name in ("gpt", "memoryllm", "hmt_split")}
+    first = report.first_table(models)
+    assert all(len(line) <= 120 for line in first.splitlines())
+    assert all(column in first for column in ("loss", "bits/byte", "recall 0-15", "48-63", "state", "ms/token"))
+    text = report.tables(models, dict(recall="by tokens back to the answer"))
+    for title in ("Loss increase when the memory is empty", "Loss increase with another book's memory",
+                  "Loss minus gpt's by position in the book (95% interval over books",
+                  "Accuracy on recall, by tokens back to the answer"):
+        assert title in text
+
+
+def test_a_model_that_was_not_measured_leaves_a_gap():
+    text = report.first_table(dict(gpt=dict(books=books(5.5)), xl=dict(cost=cost(), books=books(5.0)), rmt={}))
+    gpt, xl = text.splitlines()[-2:]
+    assert gpt.startswith("| gpt ") and xl.startswith("| xl ") and "12.3k" in xl and gpt.count("|") == xl.count("|")
+    assert report.first_table(dict(gpt=dict(retain=[]))) is None and report.tables(dict(gpt={}), {}) == ""
+
+
+def test_a_difference_that_may_be_none_is_marked():
+    models = dict(gpt=dict(books=books(5.0)), xl=dict(books=books(4.5)), rmt=dict(books=books(5.0, (-0.5, 0.5))))
+    text = next(t for t in report.books_tables(models) if t.startswith("Loss minus gpt's"))
+    assert "-0.500 (-0.500 -0.500) " in text and "+0.000 (-0.500 +0.500)~" in text
+
+
+def claims(models):
+    return "".join(report.claims_table(models))
+
+
+def curve(*accuracies):
+    return [dict(start=4 * 2 ** i, accuracy=a) for i, a in enumerate(accuracies)]
+
+
+def test_a_store_keeps_longer_or_not():
+    models = {"memoryllm": dict(retain=curve(1, 0.9, 0.4, 0.1, 0, 0)),
+              "mplus:store=9": dict(retain=curve(1, 1, 1, 1, 1, 1)),
+              "mplus:store=9/search=random": dict(retain=curve(0, 0))}
+    assert "halves after 16 and inf tokens" in claims(models) and "does not hold" not in claims(models)
+    models["mplus:store=9"] = dict(retain=curve(1, 0.9, 0.8, 0.7, 0.4))
+    assert "halves after 16 and 64 tokens" in claims(models) and "does not hold" in claims(models)
+
+
+def test_eidetic_tokens_help_or_not():
+    answers = lambda near, far: dict(mqar=[dict(accuracy=near, questions=30), dict(accuracy=far, questions=70)])
+    models = {"mamba:state=8": answers(0.24, 0.24), "hybrid:state=8": answers(1, 0.2),
+              "bmojo_f:state=8": answers(1, 0.7), "bmojo:state=8:eidetic=24": answers(1, 1),
+              "bmojo:state=8:eidetic=24:select=random": answers(0, 0)}
+    assert "24%, 44%, 79%, 100% of all questions; beyond the window 24%, 20%, 70%, 100%" in claims(models)
+    assert "does not hold" not in claims(models)
+    models["mamba:state=8"] = answers(0.5, 0.5)
+    assert "does not hold" in claims(models)
+
+
+@pytest.mark.parametrize("length, measured", [(65_536, True), (4096, False)])
+def test_a_needle_is_found_far_away_or_that_was_not_measured(length, measured):
+    needle = [dict(length=64, accuracy=0.9, hits=0.9), dict(length=length, accuracy=1, hits=1)]
+    text = claims({"gca:chunk=4": dict(needle=needle)})
+    assert ("100% right, 100% retrieved in 65,536 tokens" in text) == measured and bool(text) == measured
+
+
+def test_a_search_beats_the_newest_memory_on_interleaved_books_or_not():
+    models = dict(rmt=dict(books=books(5.0)), hmt=dict(books=books(4.5)))
+    assert claims(models) == ""                                    # one book after the other says nothing about it
+    for r in models.values():
+        r["books"]["interleave"] = 2
+    assert "-0.500 nats (-0.500 to -0.500)" in claims(models) and "does not hold" not in claims(models)
+    models["hmt"]["books"]["all"]["by_book"] = [[300 * 6.0, 300], [300 * 4.0, 300]]
+    assert "does not hold" in claims(models)
+
+
+def test_replay_stands_beside_the_paper():
+    ways = {way: [dict(K=K, peak=peak * K ** (way == "bptt"), ms=1.0, bytes_over_bptt=1.0, time_over_bptt=1.25)
+                  for K in (2, 4, 32)] for way, peak in (("bptt", 100), ("checkpointed", 100), ("replay", 100))}
+    models = dict(memformer=dict(replay=ways))
+    text, = report.replay_table(models)
+    assert text.count("| memformer |") == text.count("| the paper |") == 3 and "0.45x, 1.11x" in text
+    assert "1.00x the bytes at K=32 as at K=4, 1.25x the time" in claims(models)
+    assert report.replay_table({}) == []
