@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import nanomem
-from nanomem import checkpoint, cli, data, stream, tasks
+from nanomem import checkpoint, cli, data, optim, stream, tasks
 from nanomem.cli import UserError
 from nanomem.models import gpt
 
@@ -55,18 +55,22 @@ class Run:
     compile: bool = None         # one graph for each segment (without it on CUDA only)
 
 
-def parse(argv):
-    """The command line as a Run's fields and the model's own fields, only what was typed; and the checkpoint to go on
-    from with --resume, else None."""
-    saved, name = None, cli.peek(argv, "model", "")
-    if "--resume" in argv:
-        last = Path(cli.peek(argv, "out", f"out/{name or Run.model}")) / "last.pt"
-        saved = checkpoint.load(last, "checkpoint")
-        name = name or str(saved.get("name"))
-    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name or Run.model).Config)
+def parse(argv, name=Run.model):
+    """The command line as a Run's fields and the model's own fields, only what was typed. `name` is the model where
+    --model is not typed."""
+    name = cli.peek(argv, "model", name)
+    (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name).Config)
     if words:
         raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
-    return run, fields, saved
+    return run, fields
+
+
+def load_run(argv):
+    """The checkpoint that --resume goes on from; None without --resume."""
+    if not any(arg in ("--resume", "--resume=yes", "--resume=true", "--resume=1") for arg in argv):
+        return None
+    out = cli.peek(argv, "out", "out/" + cli.peek(argv, "model", Run.model))
+    return checkpoint.load(Path(out) / "last.pt", "checkpoint")
 
 
 def check(run, world):
@@ -122,24 +126,8 @@ def loaders(run, typed, seg):
             books.fingerprint())
 
 
-def optimizers_of(model, run):
-    """Muon for the matrices of linear layers but the head, AdamW for the rest: [(optimizer, peak learning rate)]. Only
-    matrices decay, no embedding and no memory does."""
-    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    by_muon = [p for p in matrices if run.muon and p is not model.head.weight]
-    by_adamw = [p for p in model.parameters() if all(p is not q for q in by_muon)]
-    decay, rest = [[p for p in by_adamw if any(p is q for q in matrices) == matrix] for matrix in (True, False)]
-    groups = [dict(params=decay, weight_decay=run.decay), dict(params=rest, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)
-    if not by_muon:
-        return [(adamw, run.lr)]
-    return [(torch.optim.Muon(by_muon, lr=run.muon, weight_decay=run.decay), run.muon), (adamw, run.lr)]
-
-
 def schedule(run, step):
-    """The part of the peak learning rate at a step: a short rise, a plateau, a straight line down to zero."""
-    up, down = run.warmup * run.steps, run.cooldown * run.steps
-    return min(1, (step + 1) / max(1, up), (run.steps - step) / max(1, down))
+    return optim.schedule(step, run.steps, run.warmup, run.cooldown)
 
 
 def validate(model, loader, batches, dtype):
@@ -159,9 +147,9 @@ def check_resume(saved, run, typed, fields):
     was = {**saved["run"], **saved["config"], "model": saved["name"]}
     fixed = ("model", "data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon")
     for k in (*fixed, *fields):
-        new = typed.get(k, fields.get(k, was[k]))
-        if new != was[k]:
-            raise UserError(f"this run was made with --{k}={was[k]}, not {new}: leave the flag out, or change --out")
+        new = typed.get(k, fields.get(k, was.get(k)))
+        if k not in was or new != was[k]:
+            raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or change --out")
     if saved["step"] >= run.steps:
         raise UserError(f"this run has done all of its {run.steps} steps: --steps=N with a larger N goes on")
     if run.steps != was["steps"]:
@@ -179,16 +167,16 @@ def new_log(out, step):
 
 
 def main(argv):
-    typed, fields, saved = parse(argv)
+    saved = load_run(argv)
+    typed, fields = parse(argv, str(saved.get("name")) if saved else Run.model)
     run = Run(**typed)
     out = Path(run.out or f"out/{run.model}")
     if saved:
         with checkpoint.using(out / "last.pt"):
             run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
-            fields_now, fields = fields, dict(saved["config"])
+            check_resume(saved, run, typed, fields)
+            fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
-            check(run, 1)
-            check_resume(saved, run, typed, fields_now)
     elif (out / "last.pt").exists() and not run.overwrite:
         raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -212,7 +200,7 @@ def train(run, typed, fields, saved, out, rank, world):
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
     check_memory(run, fields, device)
     model = nanomem.build(run.model, **fields).to(device)
-    optimizers = optimizers_of(model, run)
+    optimizers = optim.optimizers_of(model, run.muon, run.lr, run.decay)
     B = run.batch // world                             # batch elements of this process
     state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from . import stream
 from .cli import UserError
 from .data import Loader
+from .optim import optimizers_of
 from .tasks import TaskLoader
 
 
@@ -271,18 +272,19 @@ class NanoGPT(nn.Module):
         return {}
 
 
-def training_step(model, batch, K, backward=stream.bptt, compile=False):
+def training_step(model, batch, K, backward=stream.bptt, compile=False, muon=0.04):
     """A step as train.py makes it, on random tokens, as a function: forward, backward, update."""
     c, device = model.c, stream.device_of(model)
     x, y = torch.randint(c.vocab, (2, batch, K * c.seg), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizers = optimizers_of(model, muon)
     forward, state = stream.make_step(model, compile=compile), model.init_state(batch)
 
     def step():
         backward(model, forward, x, y, stream.detach(state), 1 / x.numel())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.step()
+        model.zero_grad()
     return step
 
 
@@ -304,7 +306,8 @@ def cost(model, batch, segments, after, compile=False):
     tokens in `after`, when so many were read: ms a token to read on and to decode, bytes held, and the peak of bytes
     made by reading a segment. The text is random tokens."""
     c, device = model.c, stream.device_of(model)
-    steps = [training_step(m, batch, segments, compile=compile) for m in (model, NanoGPT(c).to(device))]
+    steps = [training_step(model, batch, segments, compile=compile),
+             training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0)]
     ours, theirs = seconds(device, *steps, warm=True)
 
     book, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())

@@ -10,6 +10,7 @@ import test_laws
 import train
 from nanomem import measure, stream, tasks
 from nanomem.cli import UserError
+from nanomem.optim import optimizers_of
 
 from conftest import S, TINY, V, close, keep_embeddings, run, text, tiny
 
@@ -231,7 +232,8 @@ def test_at_the_start_a_slot_weighs_as_much_as_the_whole_segment_and_slots_diffe
 
 def test_forgetting_vectors_do_not_decay():
     model = nanomem.build("memformer", **TINY)
-    decay = {id(p): g["weight_decay"] for g in train.optimizer_of(model, train.Run()).param_groups for p in g["params"]}
+    groups = [group for optimizer, _ in optimizers_of(model) for group in optimizer.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay[id(model.writer.v)] == 0 and decay[id(model.writer.key.weight)] > 0
 
 

@@ -72,7 +72,7 @@ def test_the_prompt_comes_from_a_file_or_from_standard_input(say, tmp_path, monk
     (tmp_path / "book.txt").write_text("It was a dark night. " * 9)
     a = say(f"--file={tmp_path / 'book.txt'}", "--tokens=9")
     monkeypatch.setattr(sys, "stdin", io.StringIO("It was a dark night. " * 9))
-    assert say("--tokens=9") == a
+    assert say("--file=-", "--tokens=9") == a
 
 
 def test_no_row_behind_the_vocabulary_is_ever_chosen():
@@ -121,10 +121,10 @@ def test_a_model_that_looks_ahead_writes_no_text(tmp_path):
         sample.main([str(tmp_path), "--prompt=A whale"])
 
 
-def test_a_model_of_a_stream_writes_no_text(tmp_path):
+def test_a_model_of_a_task_writes_no_text(tmp_path):
     train.main(["--model=gpt", f"--out={tmp_path}", "--data=needle", "--layers=1", "--heads=1", "--width=16", "--seg=8",
                 "--batch=2", "--steps=1", "--eval_batches=1"])
-    with pytest.raises(UserError, match="trained on the stream needle, which is no text"):
+    with pytest.raises(UserError, match="trained on the task needle, which is no text"):
         sample.main([str(tmp_path)])
 
 

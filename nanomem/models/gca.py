@@ -231,6 +231,8 @@ class GCA(GPT):
     def retrieved(self, cache):
         """First and one-past-last token of the text, (B, T, G k, 2), of each chunk that each token of this segment has
         looked at, -1 for none."""
+        if not self.c.topk:
+            return torch.zeros(len(cache["n"]), self.c.seg, 0, 2, dtype=torch.long, device=cache["n"].device)
         picks = cache["picks"].flatten(2).repeat_interleave(self.c.m, 1)       # (B, T, G k)
         return torch.stack([picks * self.c.m, (picks + 1) * self.c.m], -1).where(picks[..., None] >= 0, -1)
 
