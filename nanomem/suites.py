@@ -64,14 +64,11 @@ SMALL, NARROW = dict(layers=2, heads=2, width=64), dict(layers=2, heads=2, width
 SLOW = dict(full=8192)   # the time of full attention grows with the square of the text
 
 
-def recall(pairs, batch, steps, texts):
-    """Texts and segments in proportion to the number of pairs."""
-    S = 8 * pairs
-    return Task(f"by tokens back to the answer: {pairs} pairs, segments of {S} tokens; trained on texts of 4 segments, "
-                "tested on 8",
-                dict(SMALL, data=f"recall:pairs={pairs}:mixed=yes", batch=batch, segments=4, seg=S, steps=steps,
-                     lr=5e-3, cooldown=0.4),
-                {8 * S: f"recall:pairs={pairs}:asks=2"}, texts, edges=tuple(range(0, 8 * S + 1, S)))
+def recall(pairs, S, batch, steps, texts):
+    """Texts of 8 segments of S tokens, in training and in the test. The columns end where segments do."""
+    return Task(f"by tokens back to the answer: {pairs} pairs, texts of 8 segments of {S} tokens",
+                dict(SMALL, data=f"recall:pairs={pairs}", batch=batch, segments=8, seg=S, steps=steps),
+                {8 * S: f"recall:pairs={pairs}:asks=3"}, texts, edges=tuple(range(0, 8 * S + 1, S)))
 
 
 def needles(settings, asks, lengths):
@@ -85,20 +82,20 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(2, batch=48, steps=240, texts=512),
-    recall8=recall(8, batch=16, steps=1200, texts=512),
-    recall32=recall(32, batch=4, steps=1200, texts=128),
+    recall=recall(8, S=64, batch=8, steps=100, texts=256),
+    recall2=recall(2, S=16, batch=32, steps=100, texts=512),
+    recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     delayed=Task(
         "by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; trained on "
         "texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",
-        dict(SMALL, data="delayed:gap=64", batch=32, segments=8, seg=16, steps=120, lr=5e-3),
+        dict(SMALL, data="delayed:gap=64", batch=32, segments=8, seg=16, steps=120),
         {256: "delayed:gap=64"}, texts=1024, edges=(0, 16, *range(48, 257, 32)), text_segments=8,
         models=("memformer", "memformer:segments=4", "memformer:segments=2", "memformer:segments=1", "rmt", "hmt", "xl",
                 "gpt")),
     mqar=Task(
         "by tokens since the pair: 8 pairs, then as many questions, in texts of 64 tokens, which are one call, or "
         "segments of 16 where that is said; attention windows of 16 tokens, unless another number is said",
-        dict(SMALL, data="mqar", batch=64, segments=1, seg=64, steps=300, lr=5e-3),
+        dict(SMALL, data="mqar", batch=64, segments=1, seg=64, steps=300),
         {64: "mqar"}, texts=2048, edges=(0, 16, 64), others=":seg=16:segments=4",
         models=("mamba:state=8", "bmojo:mix=window", "hybrid:state=8", "bmojo_f:state=8", "bmojo:state=8:eidetic=8",
                 "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
@@ -106,27 +103,25 @@ TASKS = dict(
     needle=Task(
         "by tokens in the text: trained on 64; 2 needles, each asked for 3 times, in longer texts 24 times; behind a "
         "colon the share of questions whose needle was among the 4 chunks of 4 tokens that were retrieved",
-        dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900, lr=4e-3),
+        dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
         needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
         longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full")),
     needle1k=Task(
         "by tokens in the text: as needle, trained on 1,024 tokens with 32 questions for each needle",
-        dict(NARROW, data="needle:pairs=2:notice=4:asks=32", batch=8, segments=1, seg=1024, steps=800, lr=2e-3,
-             cooldown=0.4),
+        dict(NARROW, data="needle:pairs=2:notice=4:asks=32", batch=8, segments=1, seg=1024, steps=800),
         needles("pairs=2:notice=4", 32, (1024, 4096, 16_384, 65_536, 2 ** 18, 2 ** 20)), texts=32, batch=16,
         long_texts=True, longest=SLOW,
         models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2")),
     hops=Task(
         "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value; "
         "behind a colon the share of questions for which the place of the value was retrieved",
-        dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256, steps=4000,
-             lr=4e-3, cooldown=0.3),
+        dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256, steps=4000),
         needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, longest=SLOW,
         models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2")),
     retain=Task(
         "by tokens since the fact: segments of 4 tokens; pools of 16 vectors, of which each segment replaces 2, and "
         "stores of 64 and 512; trained on texts of 16 segments, tested on 256",
-        dict(SMALL, data="retain", batch=64, segments=16, seg=4, steps=400, lr=3e-3),
+        dict(SMALL, data="retain", batch=64, segments=16, seg=4, steps=400),
         {1024: "retain"}, texts=256, edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
         models=("gpt", "memoryllm", "mplus:ask=self:query=1:store=512", "mplus:ask=self:query=1:store=64")),
 )

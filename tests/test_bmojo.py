@@ -57,6 +57,11 @@ def definition(layer, u, y, eps):
     c, (B, T, C), out, heap = layer.c, u.shape, [], []
     q, k, v, fk, fv = (x.view(B, T, c.heads, -1) for x in (layer.q(u), layer.k(u), layer.v(u), layer.k(y), layer.v(y)))
     rotated = lambda x, position: rotate(norm(x), rope(torch.tensor([position * c.rope]), c.head_dim))
+
+    def key(k, s, position):
+        """Half of it is the key of the token before, rotated to the position before."""
+        before = rotated(k[:, s - 1], position - 1) if s else torch.zeros_like(k[:, 0])
+        return torch.cat([rotated(k[:, s], position)[..., :4], before[..., 4:]], -1)
     for t in range(T):
         j, chunk = t % c.W, t // c.W * c.W
         if j == 0:
@@ -65,7 +70,7 @@ def definition(layer, u, y, eps):
         seen = [(k, v, s, t - s) for s in range(max(0, t - c.W + 1), t + 1)]
         seen += [(fk, fv, s, t - s) for s in faded if s >= 0 and layer.fading]
         seen += [(k, v, s, j + c.W) for s in snapshot if s <= t - c.W]
-        keys = torch.stack([rotated(k[:, s], -distance) for k, _, s, distance in seen], 2)        # (B, H, m, D)
+        keys = torch.stack([key(k, s, -distance) for k, _, s, distance in seen], 2)               # (B, H, m, D)
         values = torch.stack([v[:, s] for _, v, s, _ in seen], 2)
         scores = (rotated(q[:, t], 0)[:, :, None] * layer.gain * keys).sum(-1) / c.head_dim ** 0.5
         out.append((scores.softmax(-1)[..., None] * values).sum(2).flatten(1))
@@ -111,7 +116,7 @@ def dense(layer, u, visible):
     B, T, C = u.shape
     q, k, v = (gpt.split_heads(linear(u), layer.c.heads) for linear in (layer.q, layer.k, layer.v))
     q, k = (rotate(norm(x), rope(torch.arange(T) * layer.c.rope, layer.c.head_dim)) for x in (q, k))
-    return layer.out(bmojo.attend(q * layer.gain, k, v, visible).transpose(1, 2).reshape(B, T, C))
+    return layer.out(bmojo.attend(q * layer.gain, gpt.with_previous(k), v, visible).transpose(1, 2).reshape(B, T, C))
 
 
 @torch.no_grad()
@@ -130,8 +135,8 @@ def test_full_attention_comes_out_two_ways_and_a_sliding_window_too():
 
 @torch.no_grad()
 def test_window_layers_are_the_sliding_window_model():
-    model = tiny("bmojo", mix="window", window=8, conv=False)
-    window = tiny("window", window=7, shift=False)         # there W does not count the token itself
+    model = tiny("bmojo", mix="window", window=8)
+    window = tiny("window", window=7)                      # there W does not count the token itself
     window.load_state_dict(model.state_dict())
     assert close(run(model, text(K=4))[0], run(window, text(K=4))[0])
 
@@ -150,7 +155,10 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
         line += [("eidetic", s) for s in best + [-1] * (M - len(best))]
         line += [("raw", s) for s in range(start, start + w)]
     inputs = torch.stack([(y if kind == "faded" else u)[0, s] for kind, s in line])
-    k, v = (linear(inputs).view(-1, 2, 8) for linear in (layer.k, layer.v))
+    v = layer.v(inputs).view(-1, 2, 8)
+    shifted = {kind: gpt.with_previous(norm(layer.k(x[0]).view(T, 2, 8)).transpose(0, 1)[None])[0].transpose(0, 1)
+               for kind, x in dict(raw=u, eidetic=u, faded=y).items()}
+    k = torch.stack([shifted[kind][s] for kind, s in line])                # with norm, and half of the token before
     q, m = layer.q(u)[0].view(T, 2, 8), torch.arange(len(line))
     place = m.view(-1, K)[:, F + M:].reshape(T, 1)                        # of the tokens in the line
     seen = (m <= place) & (m > place - K)
@@ -159,7 +167,7 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
     assert (seen & raw).sum(1).tolist() == [min(t + 1, w) for t in range(T)]
     for t in range(T):
         seen[t] &= torch.tensor([s >= 0 and not (kind == "eidetic" and s > t - w) for kind, s in line])
-    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (layer.gain[:, 0] * norm(q), norm(k), v)), seen)
+    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (layer.gain[:, 0] * norm(q), k, v)), seen)
     assert torch.allclose(out[0], layer.out(o.transpose(0, 1).reshape(T, 16)), atol=1e-10)
 
 
@@ -239,7 +247,7 @@ def test_an_ablation_chooses_by_the_text_alone_however_it_is_cut(select):
 @torch.no_grad()
 def test_without_fading_tokens_the_past_is_read_through_eidetic_tokens_alone():
     """One layer: the value of every eidetic token moves the next chunk, and a state space that changes does not."""
-    model = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0, conv=False)
+    model = tiny("bmojo", layers=1, window=8, eidetic=4, fading=0)
     tokens = text(B=1, K=2)
     state = run(model, tokens[:, :S])[1]
     chunk = lambda state: model(tokens[:, S:], state)[0][:, :8]
@@ -272,15 +280,15 @@ def test_gradient_reaches_the_state_space_only_through_fading_tokens():
 
 
 def test_gradient_reaches_an_eidetic_token_from_far_behind_its_window():
-    model, seen = tiny("bmojo", layers=1, window=4, eidetic=3, fading=0, conv=False), []
+    model, seen = tiny("bmojo", layers=1, window=4, eidetic=3, fading=0), []
     model.embedding.register_forward_hook(lambda m, a, y: (y.retain_grad(), seen.append(y)) and None)
     tokens = text(B=1, K=4)
     logits, state = run(model, tokens)
     logits[:, -1].sum().backward()
     moved = [S * k + t for k, y in enumerate(seen) for t in y.grad[0].abs().sum(-1).nonzero().flatten().tolist()]
-    eidetic = [t for t in moved if t < 4 * S - 4]
-    assert len(eidetic) == 3 and set(eidetic) <= set(run(model, tokens[:, :-S])[1]["0.position"][0].tolist()) | \
-        set(range(3 * S, 4 * S))
+    far = {t for t in moved if t < 4 * S - 5}
+    eidetic = set(run(model, tokens)[1]["0.position"][0].tolist())            # 3 of them, and the token before each
+    assert len(far) >= 3 and far <= eidetic | {t - 1 for t in eidetic} and eidetic <= set(moved)
 
 
 # the presets
@@ -294,7 +302,8 @@ def test_all_presets_have_the_size_of_gpt():
 
 def test_a_part_that_is_left_out_leaves_nothing_in_the_state():
     keys = {name: {k.partition(".")[2] for k in tiny(name).init_state(1)} - {""} for name in PRESETS}
-    assert keys["hybrid"] == {"conv", "ssm", "window"} and keys["bmojo_f"] == keys["hybrid"] | {"fading"}
+    assert keys["hybrid"] == {"conv", "ssm", "window", "last_key"}
+    assert keys["bmojo_f"] == keys["hybrid"] | {"fading", "last_fading_key"}
     assert keys["bmojo"] == keys["bmojo_f"] | {"eidetic", "innovation", "position", "outputs"}
 
 

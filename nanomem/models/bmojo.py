@@ -50,6 +50,12 @@ def innovation(y, last):
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
 
 
+def rope_of_keys(positions, D):
+    """RoPE for keys of which the slow half comes from the position before: that half has the angles of that position."""
+    own, before = rope(positions, D), rope(positions - 1, D)
+    return [torch.cat([a[:, :D // 4], b[:, D // 4:]], 1) for a, b in zip(own, before)]
+
+
 class Attention(gpt.Attention):
     """Algorithm 1 for a chunk of W tokens at a time (appendix B.2). In a chunk that begins at position s, the query at
     position t sees in one softmax
@@ -58,7 +64,7 @@ class Attention(gpt.Attention):
         fading tokens y_p       t - 2W < p <= t - W     (with fading=n: the n before s)
         eidetic tokens u_p      p <= t - W              of the M tokens before s with the largest eps_p
 
-    The memory holds their keys, which are not yet rotated, and their values: (B, tokens, 2, H, D).
+    The memory holds their keys, with norm and shift but not yet rotated, and their values: (B, tokens, 2, H, D).
     """
 
     def __init__(self, c, kind):
@@ -68,23 +74,36 @@ class Attention(gpt.Attention):
     def start(self, zeros):
         """The memory where a text begins: room for all tokens. Position and innovation say which are there."""
         room = lambda tokens: zeros(tokens, 2, self.c.heads, self.c.head_dim)
-        memory = dict(window=room(self.c.past))
+        last = lambda: zeros(1, self.c.heads, self.c.head_dim)
+        memory = dict(window=room(self.c.past), last_key=last())
         if self.fading:
-            memory.update(fading=room(2 * self.c.W))
+            memory.update(fading=room(2 * self.c.W), last_fading_key=last())
         if self.M:
             memory.update(eidetic=room(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
                           outputs=zeros(SPAN, self.c.width))
         return memory
 
+    def keys_values(self, x, last, t):
+        """Keys and values of x (B, T, C) at positions t (B, T), together (B, T, 2, H, D), and the last key as it is. As
+        in gpt.with_previous, a key has the slow half of the key before it; last (B, 1, H, D) is the one before x."""
+        k, v = (linear(x).unflatten(2, (self.c.heads, -1)) for linear in (self.k, self.v))       # (B, T, H, D)
+        line = torch.cat([last.type_as(v), norm(k).type_as(v)], 1)             # (B, 1+T, H, D)
+        k, before = line[:, 1:], line[:, :-1]
+        if not self.c.past:
+            before = before * (t % self.c.W > 0)[:, :, None, None]             # there is no past before a chunk
+        if self.c.shift:
+            half = k.size(-1) // 2
+            k = torch.cat([k[..., :half], before[..., half:]], -1)
+        return torch.stack([k, v], 2), line[:, -1:]
+
     def forward(self, u, y, memory, t, fixed):
         """u and y (B, T, C) at positions t (B, T) -> out_t of algorithm 1 (B, T, C), and the memory after these tokens.
         The tokens of a chunk that is not yet full stand behind those of the memory. `fixed`: see BMojo.fixed."""
         W, T, memory, out = self.c.W, u.size(1), dict(memory), []
-        heads = lambda x: x.unflatten(2, (self.c.heads, -1))                   # (B, T, H, D)
-        kv = lambda x: torch.stack([heads(self.k(x)), heads(self.v(x))], 2)    # (B, T, 2, H, D)
-        q, new = heads(self.q(u)), dict(window=kv(u))
-        if self.fading:
-            new["fading"] = kv(y)                                              # y has the same weights as u
+        q, new = self.q(u).unflatten(2, (self.c.heads, -1)), {}                # (B, T, H, D)
+        new["window"], memory["last_key"] = self.keys_values(u, memory["last_key"], t)
+        if self.fading:                                                        # y has the same weights as u
+            new["fading"], memory["last_fading_key"] = self.keys_values(y, memory["last_fading_key"], t)
         if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps if fixed is None else fixed, position=t)
@@ -119,10 +138,11 @@ class Attention(gpt.Attention):
             seen.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
-        q, k = norm(q.transpose(1, 2)), norm(k)                                # (B, H, T, D)
+        q = norm(q.transpose(1, 2))                                            # (B, H, T, D)
         if self.c.rope:
+            angles = rope_of_keys if self.c.shift else rope
             q = rotate(q, rope(torch.arange(begun, begun + T, device=device), self.c.head_dim))
-            k = rotate(k, rope(torch.cat(offset), self.c.head_dim))
+            k = rotate(k, angles(torch.cat(offset), self.c.head_dim))
         q = (q * self.gain).type_as(v)
         return attend(q, k.type_as(v), v, torch.cat(mask, 2)[:, None]).transpose(1, 2)
 
@@ -146,8 +166,8 @@ class Layer(nn.Module):
 
     def __init__(self, c, kind):
         super().__init__()
-        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv else None
         self.ssm = SSM(c) if kind != "window" else None
+        self.taps = nn.Parameter(0.3 * torch.randn(TAPS, c.width)) if c.conv and self.ssm else None
         self.attention = Attention(c, kind) if kind != "ssm" else None
         self.mlp = MLP(c, remaining_hidden(c, self))
         self.apply(GPT.init)
@@ -161,10 +181,11 @@ class Layer(nn.Module):
 
     def forward(self, x, memory, t, fixed):
         u, y, memory = norm(x), None, dict(memory)
-        if self.taps is not None:
-            u, memory["conv"] = short_conv(u, memory["conv"], self.taps)
         if self.ssm:
-            y, memory["ssm"] = self.ssm(u, memory["ssm"])
+            tied = u
+            if self.taps is not None:
+                tied, memory["conv"] = short_conv(u, memory["conv"], self.taps)
+            y, memory["ssm"] = self.ssm(tied, memory["ssm"])
         if self.attention:
             y, memory = self.attention(u, y, memory, t, fixed)
         x = x + y
@@ -179,13 +200,15 @@ class BMojo(Mamba):
     state    n (B,) tokens so far, and of each layer l, as far as it has them:
              l.conv (B, 3, C), l.ssm (B, H, D, N) as in mamba   l.outputs (B, 3, C) the last outputs y
              l.window (B, W, 2, H, D), l.fading (B, 2W, 2, H, D), l.eidetic (B, M, 2, H, D) keys and values
+             l.last_key, l.last_fading_key (B, 1, H, D) the last keys before their shift
              l.innovation (B, M) of the eidetic tokens, -1: none there   l.position (B, M) theirs in the text
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
     write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
     departs  Mamba-2 for Mamba-1 (see mamba); the paper leaves open which outputs are the fading tokens, how many y^
              averages (here k = 3) and what error is (here Euclidean distance); RoPE within two windows (paper: none);
-             no token is seen twice; attention sees convolved tokens, so an eidetic token knows the three before it
+             no token is seen twice; a key knows the token before it, as in all our models, so that an eidetic token
+             can say what followed; the convolution is the state space's alone
     """
     Config = Config
 

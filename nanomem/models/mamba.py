@@ -18,7 +18,6 @@ TAPS = 4   # tokens that the short convolution sees: a token and the three befor
 
 @dataclass
 class Config(gpt.Config):
-    shift: bool = False  # must be off: the convolution ties a token to those before it
     state: int = -1      # N, channels by which a head's state is written and read; -1: as wide as the head
     conv: bool = True    # a short convolution, which ties each token to the three before it
 
@@ -27,7 +26,6 @@ class Config(gpt.Config):
     def __post_init__(self):
         super().__post_init__()
         assert self.state >= -1, f"state counts channels, got {self.state}"
-        assert not self.shift, "shift is not for a model with a convolution"
 
 
 # The selective state space (Mamba-2, eq. 2). For each head
