@@ -13,6 +13,7 @@ Settings of a model or of train.py follow the model's name, and settings behind 
     recall, recall8, recall32, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
+    race      time to the same loss against nanoGPT's model and recipe, both trained in turn
     replay    bytes and time of back-propagation through K segments: plain, with checkpoints, by memory replay
 
 Each task, model and seed has one small file of results, OUT/results/TASK-MODEL-SEED.json. What is there with the same
@@ -36,7 +37,7 @@ import train
 from nanomem import checkpoint, cli, data, measure, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, describe, read_result, run_all, write_result
-from nanomem.suites import TASKS, VOCAB
+from nanomem.suites import BYTES, TASKS, VOCAB
 
 
 @dataclass
@@ -69,7 +70,7 @@ def fields_of(model, tested=False):
 def models_of(b, task):
     """The models of a task, after making sure that each exists, and that its settings do."""
     t = TASKS.get(task)
-    made_for = list(t.models) if t else ["memformer"] if task == "replay" else []
+    made_for = list(t.models) if t else dict(replay=["memformer"], race=["gpt"]).get(task, [])
     others = [name for name in nanomem.MODELS if name not in {parts_of(model)[0] for model in made_for}]
     every = made_for + [name + (t.others if t else "") for name in others]
     typed = [word.strip() for word in b.models.split(",") if word.strip()]
@@ -111,8 +112,8 @@ def flags_of(b, job):
     if job.task in TASKS:
         flags = TASKS[job.task].flags(settings, b.task_steps)
     else:
-        flags = {k: getattr(b, k) for k in ("data", "steps", "batch", "segments", "interleave", "interleave_len", "lr")}
-        flags.update(shape_of(b, job.model))
+        same = ("data", "steps", "batch", "segments", "interleave", "interleave_len", "lr", "muon")
+        flags = dict({k: getattr(b, k) for k in same}, **shape_of(b, job.model), **({} if b.data else BYTES))
     flags.update(settings, model=name, seed=job.seed, eval_batches=4)
     return [f"--{k}={v}" for k, v in {**flags, "eval_interval": flags["steps"]}.items()]
 
@@ -121,6 +122,8 @@ def settings_of(b, job):
     """All settings on which the result of a job depends."""
     if job.training is None:
         found = dict(shape_of(b, job.model), batch=b.batch, segments=b.segments, read=b.read, compile=b.compile)
+        if job.task == "race":
+            found.update(steps=b.steps, data=b.data)
     elif job.task in TASKS:
         t = TASKS[job.task]
         found = dict(tests=t.tests_for(parts_of(job.model)[0], b.read), texts=t.texts, edges=t.edges)
@@ -134,6 +137,9 @@ def settings_of(b, job):
     return json.loads(json.dumps(found))
 
 
+NO_EFFECT = ("device", "log_interval", "eval_interval", "eval_batches")    # on the weights
+
+
 def trained(flags, out):
     """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one."""
     typed, fields = train.parse(flags)
@@ -142,7 +148,7 @@ def trained(flags, out):
         with contextlib.suppress(UserError):
             saved = checkpoint.load(last, "checkpoint")
             was = {**saved["run"], **saved["config"]}
-            if all(was.get(k) == v for k, v in {**typed, **fields}.items() if k != "device"):
+            if all(was.get(k) == v for k, v in {**typed, **fields}.items() if k not in NO_EFFECT):
                 if saved["step"] == typed["steps"]:
                     return saved
                 extra = "--resume"
@@ -157,11 +163,11 @@ def train_for(b, job):
     tenth of the steps. The best rate is taken."""
     out, device, tried = Path(b.out) / str(job), [f"--device={b.device}"] if b.device else [], {}
     if job.task == "books" and b.search and "lr" not in parts_of(job.model)[1]:
-        for lr in (b.lr * float(x) for x in b.search.split(",")):
-            flags = flags_of(replace(b, steps=max(1, b.steps // 10), lr=lr), job)
-            short = trained([*flags, "--eval_batches=16", *device], out.with_name(f"{out.name}-lr{lr:.1e}"))
-            tried[f"{lr:.1e}"] = short["best"]
-        b = replace(b, lr=float(min(tried, key=tried.get)))
+        for x in b.search.split(","):
+            flags = flags_of(replace(b, steps=max(1, b.steps // 10), lr=b.lr * float(x), muon=b.muon * float(x)), job)
+            tried[x] = trained([*flags, "--eval_batches=16", *device], out.with_name(f"{out.name}-x{x}"))["best"]
+        best = float(min(tried, key=tried.get))
+        b = replace(b, lr=b.lr * best, muon=b.muon * best)
     return trained([*flags_of(b, job), *device], out), tried
 
 
@@ -171,6 +177,10 @@ def measured(b, job, saved, tried):
     if job.task == "cost":
         after = sorted({n for n in suites.READ if n < b.read} | {b.read})
         return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile)
+    if job.task == "race":
+        tokenizer = BYTES["tokenizer"]
+        books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
+        return measure.race(untrained(b, job.model).to(device), books, held_out, b.steps, b.batch, b.segments)
     if job.task == "replay":
         return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"

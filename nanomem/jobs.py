@@ -28,7 +28,7 @@ class Job(NamedTuple):
     @property
     def training(self):
         """The job for which the model is trained, itself or another one; None if this one needs no training."""
-        if self.task in ("cost", "replay"):
+        if self.task in ("cost", "race", "replay"):
             return None
         return Job("books" if self.task == "passage" else self.task, self.model.partition("/")[0], self.seed)
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from . import stream
 from .cli import UserError
 from .data import Loader
-from .optim import optimizers_of
+from .optim import optimizers_of, schedule
 from .tasks import TaskLoader
 
 
@@ -260,6 +260,11 @@ class NanoGPT(nn.Module):
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
 
+    parallel = 1
+
+    def scored(self):
+        return torch.ones(self.c.seg, dtype=torch.bool)
+
     def forward(self, tokens, state):
         x = self.token(tokens) + self.position.weight[:tokens.size(1)]                 # (B, T, C)
         for b in self.blocks:
@@ -333,6 +338,58 @@ def cost(model, batch, segments, after, compile=False):
                 reading=[dict(after=n, read_ms=r, decode_ms=d, held=h, peak=p)
                          for n, r, d, h, p in zip(after, read_ms.tolist(), decode_ms.tolist(), held, peaks)],
                 **{k: float(np.median(t[-1] / t[0])) for k, t in zip(("read_growth", "decode_growth"), times)})
+
+
+def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20):
+    """This model with our recipe against nanoGPT's model with its own (AdamW, warm-up, cosine to a tenth), on the same
+    books, tokens and shapes, step by step in turn, so that both have the same machine. nanoGPT's segments are batch
+    elements, as it has no memory. `lr` is nanoGPT's; ours is that of optim.py.
+
+    steps        tokens, seconds and held-out loss of both, at `checks` places
+    tokens_over  our tokens a second over nanoGPT's
+    time_over    our time to nanoGPT's last loss, over its time (interpolated between two places); None if not reached
+    """
+    c, device = model.c, stream.device_of(model)
+    loader = Loader(books, batch, segments * c.seg)
+    plain = NanoGPT(c).to(device)
+    cosine = lambda step: min(1, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+    sides = [(model, optimizers_of(model), lambda step: schedule(step, steps)),
+             (plain, optimizers_of(plain, muon=0, lr=lr), cosine)]
+    states, spent, found = [m.init_state(batch) for m, _, _ in sides], np.zeros(2), []
+    for step in range(steps):
+        part = loader.next().to(device)
+        for i, (m, optimizers, part_of_peak) in enumerate(sides):
+            start = time.perf_counter()
+            for optimizer, peak in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * part_of_peak(step)
+            state = stream.reset(m, states[i], part.fresh)
+            scale = 1 / (part.y >= 0).sum()
+            states[i] = stream.bptt(m, stream.make_step(m), part.x, part.y, state, scale)[1]
+            nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            for optimizer, _ in optimizers:
+                optimizer.step()
+            m.zero_grad()
+            spent[i] += time.perf_counter() - start
+        if (step + 1) % max(1, steps // checks) == 0 or step + 1 == steps:
+            losses = []
+            for m, _, _ in sides:
+                m.eval()
+                held = Loader(held_out, batch, segments * c.seg, once=True)
+                parts = [(nll.sum().item(), (y.y >= 0).sum().item()) for y, nll, _ in stream.evaluate(m, held, 8)]
+                losses.append(sum(n for n, _ in parts) / sum(n for _, n in parts))
+                m.train()
+            found.append(dict(step=step + 1, tokens=(step + 1) * batch * segments * c.seg,
+                              ours=[spent[0], losses[0]], nanogpt=[spent[1], losses[1]]))
+    goal = found[-1]["nanogpt"][1]
+    time_over, before = None, (0.0, math.inf)
+    for x in found:
+        seconds_, loss = x["ours"]
+        if loss <= goal and time_over is None:
+            share = (before[1] - goal) / (before[1] - loss) if before[1] < math.inf else 1
+            time_over = (before[0] + share * (seconds_ - before[0])) / spent[1]
+        before = (seconds_, loss)
+    return dict(steps=found, tokens_over=spent[1] / spent[0], time_over=time_over)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

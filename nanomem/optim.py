@@ -4,9 +4,8 @@ from torch import nn
 
 
 def optimizers_of(model, muon=0.04, lr=4e-3, decay=0.1):
-    """[(optimizer, its peak learning rate)]. Muon (torch.optim.Muon) gets the matrices of linear layers, each by itself,
-    but the head; AdamW gets embedding, head, vectors, gains and memories. With muon=0, AdamW gets all. Only matrices
-    decay."""
+    """[(optimizer, its peak learning rate)]. Muon gets the matrices of all linear layers but the head, each by itself;
+    AdamW gets embedding, head, vectors, gains and memories. With muon=0, AdamW gets all. Only matrices decay."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     by_muon = [p for p in matrices if muon and p is not model.head.weight]
     taken, ids = {id(p) for p in by_muon}, {id(p) for p in matrices}

@@ -87,14 +87,16 @@ def results_of(models, task):
 
 def first_table(models):
     """A line for each model, with the main figures of books, recall and cost. None if none of them was measured."""
-    rows = {}
+    rows, gpt = {}, models.get("gpt", {}).get("books")
     for name, results in models.items():
         cells = rows[name] = {}
         books, recall, cost = (results.get(task) for task in ("books", "recall", "cost"))
         if books or cost:
             cells["params"] = f"{(books or cost)['parameters'] / 1e6:.2f}M"
         if books:
-            cells.update({"loss": f"{books['all']['loss']:.3f}", "bits/byte": f"{books['all']['bits_per_byte']:.3f}"})
+            cells["loss"] = f"{books['all']['loss']:.3f}"
+            if gpt:
+                cells["- gpt"] = f"{books['all']['loss'] - gpt['all']['loss']:+.3f}"
         for i, part in enumerate(recall[:4] if recall else []):
             cells["recall " * (i == 0) + column_of(part)] = f"{part['accuracy']:.0%}"
         if books or cost:
@@ -105,8 +107,8 @@ def first_table(models):
     columns = max(rows.values(), key=len)
     if not columns:
         return None
-    meaning = dict(loss="nats a token on held-out books", recall="accuracy by tokens back to the answer",
-                   state="bytes of memory for one text", ms="to decode a token after a long text")
+    meaning = dict(loss="nats a token on held-out books, and minus gpt's (- gpt)",
+                   recall="accuracy by tokens back to the answer", state="bytes of memory for one text", ms="to decode a token after a long text")
     legend = [f"{word}: {text}" for word, text in meaning.items() if any(c.startswith(word) for c in columns)]
     body = [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items() if cells]
     return ";\n".join(legend) + f".\n\n{table(['model', *columns], body)}"
@@ -184,6 +186,16 @@ def cost_tables(models):
                             lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
 
 
+def race_table(models):
+    rows = [[name, f"{r['steps'][-1]['tokens'] / 1e6:.1f}M", f"{r['steps'][-1]['nanogpt'][1]:.3f}",
+             f"{r['steps'][-1]['ours'][1]:.3f}", f"{r['tokens_over']:.2f}x",
+             "not reached" if r["time_over"] is None else f"{r['time_over']:.2f}x"]
+            for name, r in results_of(models, "race").items()]
+    head = ["model", "tokens", "nanoGPT's last loss", "ours", "our tokens/s", "our time to nanoGPT's last loss"]
+    return ["Against nanoGPT's model and recipe, on the same tokens and shapes, step by step in turn; times and speed "
+            f"over nanoGPT's:\n\n{table(head, rows)}"] if rows else []
+
+
 def replay_table(models):
     results = results_of(models, "replay")
     if not results:
@@ -206,7 +218,8 @@ def tables(models, about):
     parts = [first_table(models), *books_tables(models), *passage_table(models)]
     for task, text in about.items():
         parts += task_table(models, task, text)
-    return "\n\n".join(filter(None, [*parts, *cost_tables(models), *replay_table(models), *claims_table(models)]))
+    return "\n\n".join(filter(None, [*parts, *cost_tables(models), *race_table(models), *replay_table(models),
+                                    *claims_table(models)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

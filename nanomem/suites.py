@@ -2,8 +2,9 @@
 import math
 from dataclasses import dataclass, field, replace
 
-VOCAB = 4160                                                     # of untrained models: gpt2-4k's, rounded up
-POSITIONS = (0, 256, 512, 1024, 4096, 16_384, 65_536, 1 << 40)   # in a book: a column of the report ends at each
+VOCAB = 320                                                      # of untrained models: that of bytes, rounded up
+BYTES = dict(tokenizer="bytes")                                  # for the embedded book: small models, small vocabulary
+POSITIONS = (0, 512, 1024, 2048, 8192, 32_768, 1 << 40)   # in a book: a column of the report ends at each
 READ = (1024, 16_384, 262_144)                                   # tokens before a measurement of cost; and --read
 BPTT_WINDOWS = (2, 4, 8, 16, 32)                                 # K, segments through which replay is measured
 
@@ -17,14 +18,15 @@ class Suite:
     width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
     equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
-    steps: int = 20              # training steps on books
+    steps: int = 60              # training steps on books
     task_steps: int = 0          # training steps on a synthetic task; 0: as many as the task needs
     batch: int = 8               # B, books side by side
-    segments: int = 4            # K, segments in a BPTT window
+    segments: int = 16           # K, segments in a BPTT window
     interleave: int = 1          # books that a batch element alternates between
     interleave_len: int = 1      # segments from one book before the next has its turn
-    lr: float = 4e-3             # peak learning rate on books
-    search: str = ""             # multiples of it that are tried on books for a tenth of the steps: 0.5,1,2
+    lr: float = 4e-3             # peak learning rate of AdamW on books
+    muon: float = 0.04           # peak learning rate of Muon on books
+    search: str = ""             # multiples of both that are tried on books for a tenth of the steps: 0.5,1,2
     upto: int = 0                # tokens of each held-out book that are scored; 0: all
     read: int = 100_000          # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
@@ -115,7 +117,8 @@ TASKS = dict(
     hops=Task(
         "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value; "
         "behind a colon the share of questions for which the place of the value was retrieved",
-        dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256, steps=4000),
+        dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256,
+             steps=4000),
         needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, longest=SLOW,
         models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2")),
     retain=Task(
@@ -131,7 +134,7 @@ TASKS["noise"] = replace(
     models=("bmojo_f:state=8", "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
             "bmojo:mix=window:window=64"))
 
-ORDER = ("books", "passage", *TASKS, "cost", "replay")   # of the report
+ORDER = ("books", "passage", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults

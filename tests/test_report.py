@@ -58,7 +58,7 @@ def test_the_first_table_fits_a_page_and_its_words_are_plain():
     models = {name: dict(books=books(5.5), recall=recall, cost=cost()) for name in ("gpt", "memoryllm", "hmt_split")}
     first = report.first_table(models)
     assert all(len(line) <= 120 for line in first.splitlines())
-    assert all(column in first for column in ("loss", "bits/byte", "recall 0-15", "48-63", "state", "ms/token"))
+    assert all(column in first for column in ("loss", "- gpt", "recall 0-15", "48-63", "state", "ms/token"))
     text = report.tables(models, dict(recall="by tokens back to the answer"))
     for title in ("Loss increase when the memory is empty", "Loss increase with another book's memory",
                   "Loss minus gpt's by position in the book (95% interval over books",
