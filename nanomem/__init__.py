@@ -19,6 +19,7 @@ MODELS = {
     "memoryllm": ("memoryllm", "MemoryLLM", {}),
     "mplus": ("mplus", "MPlus", {}),
     "mamba": ("mamba", "Mamba", {}),
+    "deltanet": ("deltanet", "DeltaNet", {}),
     "hybrid": ("bmojo", "BMojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
     "bmojo": ("bmojo", "BMojo", {}),
