@@ -24,6 +24,7 @@ MODELS = {
     "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
     "bmojo": ("bmojo", "BMojo", {}),
     "gca": ("gca", "GCA", {}),
+    "landmark": ("landmark", "Landmark", {}),
 }
 
 

@@ -1,0 +1,184 @@
+"""Landmark attention: each block of the text ends with a landmark token. Who attends to a landmark is given the tokens of
+its block instead.
+
+    l tokens in a block     s blocks in a segment     M blocks in the bank     k blocks that a query retrieves
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import gpt
+from .gpt import GPT, full_precision, merge_heads, norm, rope, rotate, with_previous
+
+
+@dataclass
+class Config(gpt.Config):
+    block: int = -1     # l, tokens in a block; -1 takes up to 16, and no more than a quarter of a segment
+    topk: int = 4       # k, blocks of earlier segments that each query retrieves in each head; 0 is plain GPT
+    bank: int = -1      # M, blocks that are kept, the newest; -1 keeps eight segments
+    host: bool = False  # the bank lies in the CPU's memory, wherever the model is; its landmarks do not
+
+    l = property(lambda c: c.block if c.block > 0 else
+                 max(d for d in range(1, max(1, min(16, c.seg // 4)) + 1) if c.seg % d == 0))
+    s = property(lambda c: c.seg // c.l)
+    M = property(lambda c: c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.block > 0 or self.block == -1, f"block counts tokens, got {self.block}"
+        assert self.seg % self.l == 0, f"a segment of {self.seg} tokens is no whole number of blocks of {self.l}"
+        assert self.topk >= 0, f"topk counts blocks, got {self.topk}"
+        assert self.M >= self.topk, f"a bank of {self.M} blocks cannot hold the {self.topk} that are retrieved"
+
+
+def gather(x, i):
+    """x (B, H, M, ...) and indices i (B, H, T, k) -> x at these places, (B, H, T, k, ...)."""
+    B, H = i.shape[:2]
+    first = x.size(2) * torch.arange(B * H, device=i.device).view(B, H, 1, 1)
+    return x.flatten(0, 2).index_select(0, (first + i).flatten().to(x.device)).unflatten(0, i.shape)
+
+
+def grouped(score, landmark):
+    """Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) -> scores (..., n, l) for one softmax
+    over everything, in which the tokens of a block together weigh as much as its landmark would.
+
+    The weight of a token is that of its landmark times a softmax within its block (eq. 2 to 4). As logarithms, these
+    add up; and since the softmax within a block sums to 1, the landmark's own exp(score) is what the block sums to.
+    """
+    return F.log_softmax(score, -1) + landmark[..., None]
+
+
+class Attention(gpt.Attention):
+    """A query sees the tokens of its own block up to itself. Of the blocks before it in its segment, and of k blocks in
+    the bank, it sees what their landmarks let through."""
+
+    def forward(self, x, rope, cache, places):
+        """x (B, T+n, C): T tokens and the n landmarks of the blocks that end there. places: T, and the positions (T+n,)
+        in the segment, at which a landmark has that of the last token of its block. -> y (B, T+n, C), the cache."""
+        (T, position), cache = places, dict(cache)
+        q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)           # (B, H, T+n, D)
+        for name, new in dict(k=k[:, :, :T], v=v[:, :, :T], mark=k[:, :, T:]).items():
+            cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
+        with full_precision(x):                                                # close scores must not change places
+            q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
+            score, v = self.segment(q, cache, position)                        # (B, H, T+n, P), (B, H, P, D)
+            far, far_v = self.retrieve(q, cache)                               # (B, H, T+n, k l), (B, H, T+n, k l, D)
+            w, far_w = torch.cat([score, far], 3).softmax(3).split([score.size(3), far.size(3)], 3)
+            y = w @ v + (far_w[:, :, :, None] @ far_v).squeeze(3)
+        return self.out(merge_heads(y).type_as(x)), cache
+
+    def segment(self, q, cache, position):
+        """Scores and values of the tokens of this segment so far, filled up to P, a whole number of blocks."""
+        k, v, l = self.keys(cache["k"]), cache["v"], self.c.l
+        k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, v))           # (B, H, P, D)
+        blocks = torch.arange(k.size(2) // l, device=q.device)
+        mark = F.pad(cache["mark"], (0, 0, 0, len(blocks) - cache["mark"].size(2)))      # an open block has none yet
+        score = (q @ k.mT).unflatten(3, (-1, l))                               # (B, H, T+n, P/l, l)
+        before = (blocks < position[:, None] // l)[:, :, None]                 # (T+n, P/l, 1) blocks before its own
+        score = torch.where(before, grouped(score, q @ mark.mT), score).flatten(3)
+        future = torch.arange(k.size(2), device=q.device) > position[:, None]  # (T+n, P)
+        return score.masked_fill(future, -torch.inf), v
+
+    def retrieve(self, q, cache):
+        """Scores and values of the tokens of the k blocks in the bank whose landmarks fit best to each query."""
+        rank = q @ cache["old"].mT                                             # (B, H, T+n, M)
+        best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
+        landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
+        k, v = gather(cache["bank"], i).to(q.device).chunk(2, -1)              # (B, H, T+n, k, l, D)
+        q = rotate(q[:, :, :, None], [angle[i] for angle in cache["back"]])    # (B, H, T+n, k, D)
+        score = (k @ q[..., None]).squeeze(5)                                  # (B, H, T+n, k, l)
+        return grouped(score, landmark).flatten(3), v.flatten(3, 4)
+
+    def keys(self, k):
+        return with_previous(k) if self.c.shift else k
+
+
+class Landmark(GPT):
+    """Attention finds by itself what to retrieve: the score of a landmark says how much its block is worth. In a segment
+    all blocks compete; of earlier segments the k best blocks, for each query, head and layer.
+
+    state    n (B,) blocks so far, and of each layer l:   l.landmark (B, H, M, D) keys of the landmarks of the last M
+             blocks, the newest last   l.bank (B, H, M, l, 2D) keys and values of their tokens; positions count from
+             the start of a block
+    read     one softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
+             landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
+    write    the blocks of a full segment come in, and the oldest go
+    paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
+    departs  the bank is there in training too, and gradient goes through it into earlier segments: the paper trains on
+             single windows, in which all blocks compete (as with topk=bank here). A landmark shares the position of the
+             last token before it, so that tokens stand as in gpt. A block stands where it stood if it is one of the
+             last k of the bank, and else just before these, retrieved or not (paper: older ones are then spread
+             over the places in order). Of landmarks that score the same, the newest: in layer 0 all keys of landmarks
+             are the same
+    """
+    Config = Config
+    Attention = property(lambda self: Attention if self.c.topk else gpt.Attention)
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.landmark = nn.Parameter(torch.randn(c.width))
+
+    def for_length(self, T):
+        return dict(bank=max(self.c.topk, T // self.c.l))
+
+    def init_state(self, B):
+        c, like = self.c, self.head.weight
+        zeros = lambda *shape, device=like.device: torch.zeros(B, *shape, device=device)
+        if not c.topk:
+            return {}
+        state = dict(n=zeros().long())
+        for l in range(c.layers):
+            state[f"{l}.landmark"] = zeros(c.heads, c.M, c.head_dim)
+            state[f"{l}.bank"] = zeros(c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else like.device)
+        return state
+
+    def read(self, state):
+        """For each layer: what the bank holds, and the keys and values of this segment, none so far. The block that is
+        n-th from the end begins n l tokens before the segment, but no further away than k + 1 blocks."""
+        c = self.c
+        if not c.topk:
+            return None
+        age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
+        start = age.clamp(max=c.topk + 1) * -c.l
+        there = age <= state["n"][:, None]                                     # (B, M)
+        tie = (-1e-3 * age.log()).masked_fill(~there, -torch.inf)[:, None, None]    # (B, 1, 1, M)
+        to_bank, back = rope(start, c.head_dim), rope(-start, c.head_dim)      # (M, D/2) twice
+        cache = []
+        for l in range(c.layers):
+            old = rotate(state[f"{l}.landmark"], to_bank)                      # (B, H, M, D)
+            none = old[:, :, :0]
+            cache.append(dict(bank=state[f"{l}.bank"], old=old, back=back, tie=tie, k=none, v=none, mark=none))
+        return cache
+
+    def extend(self, tokens, cache):
+        """The next T tokens, and behind them the landmarks of the blocks that they close. Masks go by position, so the
+        order does not matter."""
+        c = self.c
+        if not c.topk:
+            return super().extend(tokens, cache)
+        t, T = cache[0]["k"].size(2), tokens.size(1)
+        token = torch.arange(t, t + T, device=tokens.device)
+        last = torch.arange(t // c.l, (t + T) // c.l, device=tokens.device) * c.l + c.l - 1    # of each closed block
+        x = torch.cat([self.embed(tokens), self.landmark.expand(len(tokens), len(last), -1)], 1)    # (B, T+n, C)
+        position, layers = torch.cat([token, last]), []
+        angles = rope(position, c.head_dim)
+        for block, layer in zip(self.blocks, cache):
+            x, layer = block(x, angles, layer, (T, position))
+            layers.append(layer)
+        return self.head(norm(x[:, :T])), layers                               # (B, T, V)
+
+    def write(self, cache, state):
+        c = self.c
+        if not c.topk:
+            return {}
+        state = dict(state, n=state["n"] + c.s)
+        newest = lambda old, new: torch.cat([old, new.to(old)], 2)[:, :, c.s:].clone()
+        cos, sin = rope(torch.arange(c.s, device=state["n"].device) * -c.l, c.head_dim)    # (s, D/2) to position 0
+        for l, (block, layer) in enumerate(zip(self.blocks, cache)):
+            k, v = (z.unflatten(2, (c.s, c.l)) for z in (block.attention.keys(layer["k"]), layer["v"]))
+            kv = torch.cat([rotate(k, (cos[:, None], sin[:, None])), v], -1)   # (B, H, s, l, 2D)
+            state[f"{l}.bank"] = newest(state[f"{l}.bank"], kv)
+            state[f"{l}.landmark"] = newest(state[f"{l}.landmark"], rotate(layer["mark"], (cos, sin)))
+        return state
