@@ -25,14 +25,14 @@ class Config(mamba.Config):
 
 
 # The gated delta rule (eq. 10). For each head
-#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)      the error: the value minus what the memory says to the key
+#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)     the error: the value minus what h says to the key
 #     h_t = exp(a_t) h_{t-1} + u_t k_t^T               (D, N)
 #     o_t = h_t q_t                                    (D,)
 # Multiplied out, this is h_t = h_{t-1} exp(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T, as the paper writes it.
 
 def delta_rule(q, k, v, a, b, h, correct=True, Q=64):
-    """The rule for T tokens, in matrix products: q and k (B, H, T, N), v (B, H, T, D), a and b (B, H, T), h (B, H, D, N)
-    -> o (B, H, T, D) and the last h. correct=False leaves h_{t-1} k_t out: u_t = b_t v_t.
+    """The rule for T tokens, in matrix products: q and k (B, H, T, N), v (B, H, T, D), a and b (B, H, T), h (B, H, D,
+    N) -> o (B, H, T, D) and the last h. correct=False leaves h_{t-1} k_t out: u_t = b_t v_t.
 
     In a chunk that begins with h, let G_ij be the decay from token j to token i, and G_i that since the chunk began.
     The memory that token i finds is the h of the beginning and what the tokens before it have written:
@@ -81,7 +81,7 @@ class Memory(nn.Module):
         if c.conv:
             qkv, memory["conv"] = short_conv(qkv, memory["conv"], self.taps)
         q, k, v = F.silu(qkv).split([c.heads * c.N, c.heads * c.N, c.width], 2)
-        q, k, v = (split_heads(z, c.heads) for z in (q, k, v))                 # (B, H, T, N), (B, H, T, N), (B, H, T, D)
+        q, k, v = (split_heads(z, c.heads) for z in (q, k, v))                 # (B, H, T, N) q and k, (B, H, T, D) v
         b = self.b(x).mT                                                       # (B, H, T)
         a = self.dt(x).mT if c.rule != "delta" else torch.zeros_like(b)
         with full_precision(x):                                                # decays need all digits of float32
@@ -114,8 +114,8 @@ class Layer(nn.Module):
 
 
 class DeltaNet(Mamba):
-    """Layers of matrices and no attention. A matrix maps keys to values. Mamba adds each value to what is there, and can
-    only forget all keys alike. The delta rule replaces the value of one key and leaves those of other keys alone.
+    """Layers of matrices and no attention. A matrix maps keys to values. Mamba adds each value to what is there, and
+    can only forget all keys alike. The delta rule replaces the value of one key, and leaves other keys alone.
 
     state    of each layer l:   l.conv (B, 3, 2 H N + C) the last inputs of the convolution   l.matrix (B, H, D, N) h
     read     o_t = h_t q_t at every token

@@ -1,5 +1,5 @@
-"""Landmark attention: each block of the text ends with a landmark token. Who attends to a landmark is given the tokens of
-its block instead.
+"""Landmark attention: each block of the text ends with a landmark token. A query that attends to a landmark gets the
+tokens of its block.
 
     l tokens in a block     s blocks in a segment     M blocks in the bank     k blocks that a query retrieves
 """
@@ -35,64 +35,70 @@ class Config(gpt.Config):
 
 def gather(x, i):
     """x (B, H, M, ...) and indices i (B, H, T, k) -> x at these places, (B, H, T, k, ...)."""
-    B, H = i.shape[:2]
-    first = x.size(2) * torch.arange(B * H, device=i.device).view(B, H, 1, 1)
+    first = x.size(2) * torch.arange(i.size(0) * i.size(1), device=i.device).view(*i.shape[:2], 1, 1)
     return x.flatten(0, 2).index_select(0, (first + i).flatten().to(x.device)).unflatten(0, i.shape)
 
 
 def grouped(score, landmark):
-    """Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) -> scores (..., n, l) for one softmax
-    over everything, in which the tokens of a block together weigh as much as its landmark would.
-
-    The weight of a token is that of its landmark times a softmax within its block (eq. 2 to 4). As logarithms, these
-    add up; and since the softmax within a block sums to 1, the landmark's own exp(score) is what the block sums to.
-    """
-    return F.log_softmax(score, -1) + landmark[..., None]
+    """The grouped softmax (eq. 2 to 4). Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) ->
+    scores (..., n l) for one ordinary softmax. The weight of a token is to be that of its landmark times a softmax
+    within its block. Logarithms add up; and the softmax within a block sums to 1, so the block weighs as much as its
+    landmark."""
+    return (F.log_softmax(score, -1) + landmark[..., None]).flatten(-2)
 
 
 class Attention(gpt.Attention):
-    """A query sees the tokens of its own block up to itself. Of the blocks before it in its segment, and of k blocks in
+    """A query sees the tokens of its own block, up to itself. Of the blocks before it in its segment, and of k blocks of
     the bank, it sees what their landmarks let through."""
 
+    def keys(self, k):
+        return with_previous(k) if self.c.shift else k
+
     def forward(self, x, rope, cache, places):
-        """x (B, T+n, C): T tokens and the n landmarks of the blocks that end there. places: T, and the positions (T+n,)
-        in the segment, at which a landmark has that of the last token of its block. -> y (B, T+n, C), the cache."""
+        """x (B, T+n, C): T tokens, then the n landmarks of the blocks that they close. places: T, and the positions
+        (T+n,) in the segment; a landmark has that of the last token of its block. -> y (B, T+n, C) and the cache."""
         (T, position), cache = places, dict(cache)
         q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)           # (B, H, T+n, D)
         for name, new in dict(k=k[:, :, :T], v=v[:, :, :T], mark=k[:, :, T:]).items():
             cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
         with full_precision(x):                                                # close scores must not change places
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
-            score, v = self.segment(q, cache, position)                        # (B, H, T+n, P), (B, H, P, D)
-            far, far_v = self.retrieve(q, cache)                               # (B, H, T+n, k l), (B, H, T+n, k l, D)
-            w, far_w = torch.cat([score, far], 3).softmax(3).split([score.size(3), far.size(3)], 3)
-            y = w @ v + (far_w[:, :, :, None] @ far_v).squeeze(3)
+            near, near_v = self.segment(q, cache, position)
+            far, far_v = self.retrieve(q, cache)
+            w, far_w = torch.cat([near, far], 3).softmax(3).split([near.size(3), far.size(3)], 3)
+            values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
+            y = w @ near_v + torch.einsum(f"bhtp,{values}->bhtd", far_w, far_v)
         return self.out(merge_heads(y).type_as(x)), cache
 
     def segment(self, q, cache, position):
-        """Scores and values of the tokens of this segment so far, filled up to P, a whole number of blocks."""
+        """The scores (B, H, T+n, P) of the segment's tokens so far, and their values. Zeros fill up the last block."""
         k, v, l = self.keys(cache["k"]), cache["v"], self.c.l
         k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, v))           # (B, H, P, D)
         blocks = torch.arange(k.size(2) // l, device=q.device)
         mark = F.pad(cache["mark"], (0, 0, 0, len(blocks) - cache["mark"].size(2)))      # an open block has none yet
-        score = (q @ k.mT).unflatten(3, (-1, l))                               # (B, H, T+n, P/l, l)
-        before = (blocks < position[:, None] // l)[:, :, None]                 # (T+n, P/l, 1) blocks before its own
-        score = torch.where(before, grouped(score, q @ mark.mT), score).flatten(3)
+        score = q @ k.mT                                                       # (B, H, T+n, P)
+        before = (blocks < position[:, None] // l).repeat_interleave(l, 1)     # (T+n, P) in a block before its own
         future = torch.arange(k.size(2), device=q.device) > position[:, None]  # (T+n, P)
+        score = torch.where(before, grouped(score.unflatten(3, (-1, l)), q @ mark.mT), score)
         return score.masked_fill(future, -torch.inf), v
 
     def retrieve(self, q, cache):
-        """Scores and values of the tokens of the k blocks in the bank whose landmarks fit best to each query."""
-        rank = q @ cache["old"].mT                                             # (B, H, T+n, M)
+        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query. Few queries
+        fetch their blocks. Many would fetch more than the whole bank: they see all of it, the other blocks masked."""
+        rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
         landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
-        k, v = gather(cache["bank"], i).to(q.device).chunk(2, -1)              # (B, H, T+n, k, l, D)
-        q = rotate(q[:, :, :, None], [angle[i] for angle in cache["back"]])    # (B, H, T+n, k, D)
-        score = (k @ q[..., None]).squeeze(5)                                  # (B, H, T+n, k, l)
-        return grouped(score, landmark).flatten(3), v.flatten(3, 4)
-
-    def keys(self, k):
-        return with_previous(k) if self.c.shift else k
+        cos, sin = cache["place"]                                              # (M, D/2)
+        if i.size(2) * i.size(3) < self.c.M:
+            k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
+            k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
+            score = torch.einsum("bhtd,bhtkld->bhtkl", q, k)
+            return grouped(score, landmark), v.flatten(3, 4)
+        k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
+        k = rotate(k, (cos[:, None], sin[:, None]))
+        score = torch.einsum("bhtd,bhmld->bhtml", q, k)
+        landmark = torch.full_like(rank, -torch.inf).scatter(3, i, landmark)   # (B, H, T+n, M)
+        return grouped(score, landmark), v.flatten(2, 3)
 
 
 class Landmark(GPT):
@@ -141,20 +147,17 @@ class Landmark(GPT):
         if not c.topk:
             return None
         age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
-        start = age.clamp(max=c.topk + 1) * -c.l
-        there = age <= state["n"][:, None]                                     # (B, M)
-        tie = (-1e-3 * age.log()).masked_fill(~there, -torch.inf)[:, None, None]    # (B, 1, 1, M)
-        to_bank, back = rope(start, c.head_dim), rope(-start, c.head_dim)      # (M, D/2) twice
+        place = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
+        tie = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
         cache = []
         for l in range(c.layers):
-            old = rotate(state[f"{l}.landmark"], to_bank)                      # (B, H, M, D)
+            old = rotate(state[f"{l}.landmark"], place)                        # (B, H, M, D)
             none = old[:, :, :0]
-            cache.append(dict(bank=state[f"{l}.bank"], old=old, back=back, tie=tie, k=none, v=none, mark=none))
+            cache.append(dict(bank=state[f"{l}.bank"], old=old, place=place, tie=tie, k=none, v=none, mark=none))
         return cache
 
     def extend(self, tokens, cache):
-        """The next T tokens, and behind them the landmarks of the blocks that they close. Masks go by position, so the
-        order does not matter."""
+        """The next T tokens, and behind them the landmarks of the blocks that they close."""
         c = self.c
         if not c.topk:
             return super().extend(tokens, cache)
