@@ -41,15 +41,13 @@ def gather(x, i):
 
 def grouped(score, landmark):
     """The grouped softmax (eq. 2 to 4). Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) ->
-    scores (..., n l) for one ordinary softmax. The weight of a token is to be that of its landmark times a softmax
-    within its block. Logarithms add up; and the softmax within a block sums to 1, so the block weighs as much as its
-    landmark."""
-    return (F.log_softmax(score, -1) + landmark[..., None]).flatten(-2)
+    scores (..., n l) for one ordinary softmax, in which all tokens of a block together weigh as much as its landmark:
+    sum_j exp(score_j) = exp(landmark). Within the block they share this by a softmax."""
+    return (score + (landmark - score.logsumexp(-1))[..., None]).flatten(-2)
 
 
 class Attention(gpt.Attention):
-    """A query sees the tokens of its own block, up to itself. Of the blocks before it in its segment, and of k blocks of
-    the bank, it sees what their landmarks let through."""
+    """A query sees the tokens of its own block up to itself, all earlier blocks of its segment, and k of the bank."""
 
     def keys(self, k):
         return with_previous(k) if self.c.shift else k
@@ -102,22 +100,20 @@ class Attention(gpt.Attention):
 
 
 class Landmark(GPT):
-    """Attention finds by itself what to retrieve: the score of a landmark says how much its block is worth. In a segment
-    all blocks compete; of earlier segments the k best blocks, for each query, head and layer.
+    """Attention finds by itself what to retrieve: the score of a landmark says how much its block is worth. All blocks
+    of the segment compete, and of earlier segments the k best, for each query, head and layer.
 
     state    n (B,) blocks so far, and of each layer l:   l.landmark (B, H, M, D) keys of the landmarks of the last M
-             blocks, the newest last   l.bank (B, H, M, l, 2D) keys and values of their tokens; positions count from
-             the start of a block
-    read     one softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
+             blocks, the newest last   l.bank (B, H, M, l, 2D) keys and values of their tokens
+    read     a softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
              landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
-    write    the blocks of a full segment come in, and the oldest go
+    write    the blocks of a full segment come in, and the oldest go. Keys are rotated to their position in the block
     paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
-    departs  the bank is there in training too, and gradient goes through it into earlier segments: the paper trains on
-             single windows, in which all blocks compete (as with topk=bank here). A landmark shares the position of the
-             last token before it, so that tokens stand as in gpt. A block stands where it stood if it is one of the
-             last k of the bank, and else just before these, retrieved or not (paper: older ones are then spread
-             over the places in order). Of landmarks that score the same, the newest: in layer 0 all keys of landmarks
-             are the same
+    departs  training uses the bank too, and gradient goes through it into earlier segments (paper: single windows, in
+             which all blocks compete, as with topk=bank here). A landmark shares the position of the token before it,
+             so that tokens stand as in gpt. The last k + 1 blocks of the bank keep their distance; older ones share the
+             place of the last of these (paper: those that are retrieved are then spread out, in order). Of landmarks
+             that score the same the newest counts: in layer 0 they all have the same key
     """
     Config = Config
     Attention = property(lambda self: Attention if self.c.topk else gpt.Attention)
@@ -130,19 +126,16 @@ class Landmark(GPT):
         return dict(bank=max(self.c.topk, T // self.c.l))
 
     def init_state(self, B):
-        c, like = self.c, self.head.weight
-        zeros = lambda *shape, device=like.device: torch.zeros(B, *shape, device=device)
-        if not c.topk:
-            return {}
-        state = dict(n=zeros().long())
-        for l in range(c.layers):
-            state[f"{l}.landmark"] = zeros(c.heads, c.M, c.head_dim)
-            state[f"{l}.bank"] = zeros(c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else like.device)
-        return state
+        c, here = self.c, self.head.weight.device
+        zeros = lambda *shape, device=here: torch.zeros(B, *shape, device=device)
+        layers = range(c.layers if c.topk else 0)
+        landmarks = {f"{l}.landmark": zeros(c.heads, c.M, c.head_dim) for l in layers}
+        bank = {f"{l}.bank": zeros(c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else here) for l in layers}
+        return landmarks | bank | (dict(n=zeros().long()) if c.topk else {})
 
     def read(self, state):
-        """For each layer: what the bank holds, and the keys and values of this segment, none so far. The block that is
-        n-th from the end begins n l tokens before the segment, but no further away than k + 1 blocks."""
+        """For each layer: what the bank holds, and the keys and values of this segment, none so far. The newest block
+        begins l tokens before the segment, the one before it 2 l; and none further away than k + 1 blocks."""
         c = self.c
         if not c.topk:
             return None
