@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the rule three ways (the paper's product, chunks, Mamba-2's state space), and what a delta rule can."""
+"""Gated DeltaNet: the rule three ways (the paper's product, chunks, Mamba-2's state space), and what it remembers."""
 import pytest
 import torch
 
@@ -70,8 +70,8 @@ def test_without_the_correction_it_is_the_state_space_of_mamba():
 
 
 def pairs(N=8):
-    """N pairs with keys that are orthogonal, of length 1, and then the first three keys again with other values; nothing
-    fades, errors are corrected in full."""
+    """N pairs with keys that are orthogonal, of length 1, and then the first three keys again with other values.
+    Nothing fades, errors are corrected in full."""
     g = torch.Generator().manual_seed(0)
     keys = torch.linalg.qr(torch.randn(N, N, generator=g, dtype=torch.double))[0]
     k = torch.cat([keys, keys[:3]])[None, None]
