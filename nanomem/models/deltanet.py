@@ -41,8 +41,8 @@ def delta_rule(q, k, v, a, b, h, correct=True, Q=64):
     the first token to the last, by substitution.
     """
     o = []
-    for q, k, v, a, b in zip(*(x.split(Q, 2) for x in (q, k, v, a[..., None], b[..., None]))):
-        A = a.cumsum(2)                                                        # (B, H, Q, 1) log of G_i
+    for q, k, v, a, b in zip(*(x.split(Q, 2) for x in (q, k, v, a, b[..., None]))):
+        A = a.cumsum(2)[..., None]                                             # (B, H, Q, 1) log of G_i
         G = (A - A.mT).tril().exp().tril()                                     # (B, H, Q, Q) from j to i, 0 for j > i
         u = b * v
         if correct:
@@ -82,14 +82,14 @@ class Memory(nn.Module):
             qkv, memory["conv"] = short_conv(qkv, memory["conv"], self.taps)
         q, k, v = F.silu(qkv).split([c.heads * c.N, c.heads * c.N, c.width], 2)
         q, k, v = (split_heads(z, c.heads) for z in (q, k, v))                 # (B, H, T, N) q and k, (B, H, T, D) v
-        b = self.b(x).mT                                                       # (B, H, T)
-        a = self.dt(x).mT if c.rule != "delta" else torch.zeros_like(b)
+        b = self.b(x)                                                          # (B, T, H)
+        a = self.dt(x) if c.rule != "delta" else torch.zeros_like(b)
         with full_precision(x):                                                # decays need all digits of float32
             q, k, v, a, b, h = (z.type_as(self.out.weight) for z in (q, k, v, a, b, memory["matrix"]))
             if c.rule != "delta":
-                a = -F.softplus(a + self.dt_bias[:, None]) * self.log_A.exp()[:, None]
+                a = F.logsigmoid(-a - self.dt_bias) * self.log_A.exp()         # -A softplus(dt)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)              # of length 1
-            o, memory["matrix"] = delta_rule(q, k, v, a, b.sigmoid(), h, correct=c.rule != "gated")
+            o, memory["matrix"] = delta_rule(q, k, v, a.mT, b.sigmoid().mT, h, correct=c.rule != "gated")
         o = norm(o).transpose(1, 2).flatten(2).type_as(x)                      # (B, T, C)
         return self.out(o * F.silu(self.gate(x))), memory
 
