@@ -19,10 +19,12 @@ MODELS = {
     "memoryllm": ("memoryllm", "MemoryLLM", {}),
     "mplus": ("mplus", "MPlus", {}),
     "mamba": ("mamba", "Mamba", {}),
+    "deltanet": ("deltanet", "DeltaNet", {}),
     "hybrid": ("bmojo", "BMojo", dict(mix="window,ssm")),
     "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
     "bmojo": ("bmojo", "BMojo", {}),
     "gca": ("gca", "GCA", {}),
+    "landmark": ("landmark", "Landmark", {}),
 }
 
 

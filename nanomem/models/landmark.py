@@ -1,0 +1,180 @@
+"""Landmark attention: each block of the text ends with a landmark token. A query that attends to a landmark gets the
+tokens of its block.
+
+    l tokens in a block     s blocks in a segment     M blocks in the bank     k blocks that a query retrieves
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from . import gpt
+from .gpt import GPT, full_precision, merge_heads, norm, rope, rotate, with_previous
+
+
+@dataclass
+class Config(gpt.Config):
+    block: int = -1     # l, tokens in a block; -1 takes up to 16, and no more than a quarter of a segment
+    topk: int = 4       # k, blocks of earlier segments that each query retrieves in each head; 0 is plain GPT
+    bank: int = -1      # M, blocks that are kept, the newest; -1 keeps eight segments
+    host: bool = False  # the bank lies in the CPU's memory, wherever the model is; its landmarks do not
+
+    l = property(lambda c: c.block if c.block > 0 else
+                 max(d for d in range(1, max(1, min(16, c.seg // 4)) + 1) if c.seg % d == 0))
+    s = property(lambda c: c.seg // c.l)
+    M = property(lambda c: c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.block > 0 or self.block == -1, f"block counts tokens, got {self.block}"
+        assert self.seg % self.l == 0, f"a segment of {self.seg} tokens is no whole number of blocks of {self.l}"
+        assert self.topk >= 0, f"topk counts blocks, got {self.topk}"
+        assert self.M >= self.topk, f"a bank of {self.M} blocks cannot hold the {self.topk} that are retrieved"
+
+
+def gather(x, i):
+    """x (B, H, M, ...) and indices i (B, H, T, k) -> x at these places, (B, H, T, k, ...)."""
+    first = x.size(2) * torch.arange(i.size(0) * i.size(1), device=i.device).view(*i.shape[:2], 1, 1)
+    return x.flatten(0, 2).index_select(0, (first + i).flatten().to(x.device)).unflatten(0, i.shape)
+
+
+def grouped(score, landmark):
+    """The grouped softmax (eq. 2 to 4). Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) ->
+    scores (..., n l) for one ordinary softmax, in which all tokens of a block together weigh as much as its landmark:
+    sum_j exp(score_j) = exp(landmark). Within the block they share this by a softmax."""
+    return (score + (landmark - score.logsumexp(-1))[..., None]).flatten(-2)
+
+
+class Attention(gpt.Attention):
+    """A query sees the tokens of its own block up to itself, all earlier blocks of its segment, and k of the bank."""
+
+    def keys(self, k):
+        return with_previous(k) if self.c.shift else k
+
+    def forward(self, x, rope, cache, places):
+        """x (B, T+n, C): T tokens, then the n landmarks of the blocks that they close. places: T, and the positions
+        (T+n,) in the segment; a landmark has that of the last token of its block. -> y (B, T+n, C) and the cache."""
+        (T, position), cache = places, dict(cache)
+        q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)           # (B, H, T+n, D)
+        for name, new in dict(k=k[:, :, :T], v=v[:, :, :T], mark=k[:, :, T:]).items():
+            cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
+        with full_precision(x):                                                # close scores must not change places
+            q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
+            near, near_v = self.segment(q, cache, position)
+            far, far_v = self.retrieve(q, cache)
+            w, far_w = torch.cat([near, far], 3).softmax(3).split([near.size(3), far.size(3)], 3)
+            values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
+            y = w @ near_v + torch.einsum(f"bhtp,{values}->bhtd", far_w, far_v)
+        return self.out(merge_heads(y).type_as(x)), cache
+
+    def segment(self, q, cache, position):
+        """The scores (B, H, T+n, P) of the segment's tokens so far, and their values. Zeros fill up the last block."""
+        k, v, l = self.keys(cache["k"]), cache["v"], self.c.l
+        k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, v))           # (B, H, P, D)
+        blocks = torch.arange(k.size(2) // l, device=q.device)
+        mark = F.pad(cache["mark"], (0, 0, 0, len(blocks) - cache["mark"].size(2)))      # an open block has none yet
+        score = q @ k.mT                                                       # (B, H, T+n, P)
+        before = (blocks < position[:, None] // l).repeat_interleave(l, 1)     # (T+n, P) in a block before its own
+        future = torch.arange(k.size(2), device=q.device) > position[:, None]  # (T+n, P)
+        score = torch.where(before, grouped(score.unflatten(3, (-1, l)), q @ mark.mT), score)
+        return score.masked_fill(future, -torch.inf), v
+
+    def retrieve(self, q, cache):
+        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query. Few queries
+        fetch their blocks. Many would fetch more than the whole bank: they see all of it, the other blocks masked."""
+        rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
+        best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
+        landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
+        cos, sin = cache["place"]                                              # (M, D/2)
+        if i.size(2) * i.size(3) < self.c.M:
+            k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
+            k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
+            score = torch.einsum("bhtd,bhtkld->bhtkl", q, k)
+            return grouped(score, landmark), v.flatten(3, 4)
+        k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
+        k = rotate(k, (cos[:, None], sin[:, None]))
+        score = torch.einsum("bhtd,bhmld->bhtml", q, k)
+        landmark = torch.full_like(rank, -torch.inf).scatter(3, i, landmark)   # (B, H, T+n, M)
+        return grouped(score, landmark), v.flatten(2, 3)
+
+
+class Landmark(GPT):
+    """Attention finds by itself what to retrieve: the score of a landmark says how much its block is worth. All blocks
+    of the segment compete, and of earlier segments the k best, for each query, head and layer.
+
+    state    n (B,) blocks so far, and of each layer l:   l.landmark (B, H, M, D) keys of the landmarks of the last M
+             blocks, the newest last   l.bank (B, H, M, l, 2D) keys and values of their tokens
+    read     a softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
+             landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
+    write    the blocks of a full segment come in, and the oldest go. Keys are rotated to their position in the block
+    paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
+    departs  training uses the bank too, and gradient goes through it into earlier segments (paper: single windows, in
+             which all blocks compete, as with topk=bank here). A landmark shares the position of the token before it,
+             so that tokens stand as in gpt. The last k + 1 blocks of the bank keep their distance; older ones share the
+             place of the last of these (paper: those that are retrieved are then spread out, in order). Of landmarks
+             that score the same the newest counts: in layer 0 they all have the same key
+    """
+    Config = Config
+    Attention = property(lambda self: Attention if self.c.topk else gpt.Attention)
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.landmark = nn.Parameter(torch.randn(c.width))
+
+    def for_length(self, T):
+        return dict(bank=max(self.c.topk, T // self.c.l))
+
+    def init_state(self, B):
+        c, here = self.c, self.head.weight.device
+        zeros = lambda *shape, device=here: torch.zeros(B, *shape, device=device)
+        layers = range(c.layers if c.topk else 0)
+        landmarks = {f"{l}.landmark": zeros(c.heads, c.M, c.head_dim) for l in layers}
+        bank = {f"{l}.bank": zeros(c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else here) for l in layers}
+        return landmarks | bank | (dict(n=zeros().long()) if c.topk else {})
+
+    def read(self, state):
+        """For each layer: what the bank holds, and the keys and values of this segment, none so far. The newest block
+        begins l tokens before the segment, the one before it 2 l; and none further away than k + 1 blocks."""
+        c = self.c
+        if not c.topk:
+            return None
+        age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
+        place = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
+        tie = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
+        cache = []
+        for l in range(c.layers):
+            old = rotate(state[f"{l}.landmark"], place)                        # (B, H, M, D)
+            none = old[:, :, :0]
+            cache.append(dict(bank=state[f"{l}.bank"], old=old, place=place, tie=tie, k=none, v=none, mark=none))
+        return cache
+
+    def extend(self, tokens, cache):
+        """The next T tokens, and behind them the landmarks of the blocks that they close."""
+        c = self.c
+        if not c.topk:
+            return super().extend(tokens, cache)
+        t, T = cache[0]["k"].size(2), tokens.size(1)
+        token = torch.arange(t, t + T, device=tokens.device)
+        last = torch.arange(t // c.l, (t + T) // c.l, device=tokens.device) * c.l + c.l - 1    # of each closed block
+        x = torch.cat([self.embed(tokens), self.landmark.expand(len(tokens), len(last), -1)], 1)    # (B, T+n, C)
+        position, layers = torch.cat([token, last]), []
+        angles = rope(position, c.head_dim)
+        for block, layer in zip(self.blocks, cache):
+            x, layer = block(x, angles, layer, (T, position))
+            layers.append(layer)
+        return self.head(norm(x[:, :T])), layers                               # (B, T, V)
+
+    def write(self, cache, state):
+        c = self.c
+        if not c.topk:
+            return {}
+        state = dict(state, n=state["n"] + c.s)
+        newest = lambda old, new: torch.cat([old, new.to(old)], 2)[:, :, c.s:].clone()
+        cos, sin = rope(torch.arange(c.s, device=state["n"].device) * -c.l, c.head_dim)    # (s, D/2) to position 0
+        for l, (block, layer) in enumerate(zip(self.blocks, cache)):
+            k, v = (z.unflatten(2, (c.s, c.l)) for z in (block.attention.keys(layer["k"]), layer["v"]))
+            kv = torch.cat([rotate(k, (cos[:, None], sin[:, None])), v], -1)   # (B, H, s, l, 2D)
+            state[f"{l}.bank"] = newest(state[f"{l}.bank"], kv)
+            state[f"{l}.landmark"] = newest(state[f"{l}.landmark"], rotate(layer["mark"], (cos, sin)))
+        return state
