@@ -18,7 +18,7 @@ class Suite:
     width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
     equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
-    steps: int = 60              # training steps on books
+    steps: int = 40              # training steps on books
     task_steps: int = 0          # training steps on a synthetic task; 0: as many as the task needs
     batch: int = 8               # B, books side by side
     segments: int = 16           # K, segments in a BPTT window
@@ -84,7 +84,7 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(8, S=64, batch=8, steps=100, texts=256),
+    recall=recall(8, S=64, batch=8, steps=100, texts=128),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     delayed=Task(
