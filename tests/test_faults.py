@@ -250,6 +250,27 @@ def test_only_a_regular_file_is_ever_replaced_and_a_link_is_followed(tmp_path):
     assert (tmp_path / "link.pt").is_symlink() and checkpoint.load(tmp_path / "real.pt", "memory")["x"] == 1
 
 
+@pytest.mark.slow
+def test_a_kill_at_any_moment_costs_nothing(tmp_path):
+    """kill -9 a dozen times at random moments, resume each time: the end is that of the whole run, to the bit."""
+    flags = [*SMALL, "--model=rmt", "--steps=400", "--eval_interval=20"]
+    train.main([*flags, f"--out={tmp_path / 'whole'}"])
+    rng, kills, out = np.random.default_rng(0), 0, tmp_path / "killed"
+    while not (out / "last.pt").exists() or last(out)["step"] < 400:
+        more = ["--resume"] if (out / "last.pt").exists() else ["--overwrite"]
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags, f"--out={out}", *more],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(1.5, 4) if kills < 12 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    one, two = last(tmp_path / "whole"), last(out)
+    assert kills and all(torch.equal(one["weights"][k], two["weights"][k]) for k in one["weights"])
+    assert all(torch.equal(one["state"][k], two["state"][k]) for k in one["state"]) and one["best"] == two["best"]
+
+
 # the command line
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,8 @@ class GCA(GPT):
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
              all retrieval goes, do not start at zero; the Gumbel noise that explores in training is a function of the
              two chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds
-             nothing) """
+             nothing)
+    """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
 

@@ -52,7 +52,8 @@ class MemoryLLM(GPT):
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
     departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama.
              What drops out comes from a table of random choices, so that replay and resume repeat it. Empty slots are
-             masked (in the paper: random vectors) """
+             masked (in the paper: random vectors)
+    """
     Config = Config
 
     def __init__(self, c):
