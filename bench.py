@@ -258,8 +258,8 @@ def main(argv):
         raise UserError(failed[0])
     head, models = report.head(results, command), report.collect(results)
     tables = report.tables(models, {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()})
+    Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n", encoding="utf-8")
     print(f"\n{head}\n\n{tables}\n")
-    Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n")
     print(f"written to {b.out}:", ", ".join(["report.md", *(report.draw(models, TASKS, b.out) if b.plot else [])]))
     if failed:
         raise UserError(f"not all of it could be measured: {'; '.join(failed)}")

@@ -66,6 +66,8 @@ def receive(url, part):
     """Try once to complete the file `part`. Returns what went wrong, or "" if its size, and its MD5 where the server
     states one, are right. Raises UserError where another try cannot help."""
     have = part.stat().st_size if part.exists() else 0
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{url} is no address of the web: --url takes something like {BUCKET}")
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -88,7 +90,7 @@ def receive(url, part):
             part.unlink()
         return f"HTTP {e.code}"
     except (ValueError, http.client.InvalidURL):
-        raise UserError(f"{url} is no address: --url takes something like {BUCKET}") from None
+        raise UserError(f"{url} is no address of the web: --url takes something like {BUCKET}") from None
     except (OSError, http.client.HTTPException) as e:   # no server, a dropped connection, no answer in time
         return str(getattr(e, "reason", e)) or type(e).__name__
     got = part.stat().st_size

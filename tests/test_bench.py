@@ -3,6 +3,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +289,13 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     monkeypatch.setitem(suites.TASKS, "recall", TINY)
     bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
     assert all("<svg" in (tmp_path / f"{task}.svg").read_text() for task in ("books", "recall"))
+
+
+def test_a_terminal_that_knows_ascii_only_gets_a_report_too(tmp_path, shards):
+    """The table of passages holds a character that ascii does not have."""
+    argv = [sys.executable, "bench.py", *SMALL, "--models=gpt", "--tasks=passage", f"--out={tmp_path}", "--device=cpu",
+            "--jobs=1"]
+    env = dict(os.environ, PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    done = subprocess.run(argv, capture_output=True, env=env, cwd=Path(bench.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert "\u00b1" in (tmp_path / "report.md").read_text(encoding="utf-8") and b"0.000 ?" in done.stdout

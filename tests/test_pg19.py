@@ -62,6 +62,15 @@ def test_pg19_is_downloaded_and_becomes_shards(bucket, tmp_path):
     assert len(Bucket.asked) == n, "what is there was asked for again"
 
 
+def test_one_missing_book_does_not_cost_the_others(bucket, tmp_path, capsys):
+    del Bucket.files["/train/8.txt"]
+    meta = pg19.make_shards(tmp_path, data.tokenizer("bytes"), url=bucket)
+    assert sorted(meta["splits"]["train"]["names"]) == ["7", "9"]
+    assert "1 of 5 books are not on the server and are left out: 8" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is no address"):
+        pg19.fetch("htp:/x", tmp_path / "x", tries=1)
+
+
 def test_a_dropped_connection_goes_on_from_where_it_stopped(bucket, tmp_path):
     Bucket.faults["/train/7.txt"] = "drop"
     pg19.fetch(f"{bucket}/train/7.txt", tmp_path / "7.txt")
