@@ -149,7 +149,8 @@ def check_resume(saved, run, typed, fields):
     for k in (*fixed, *fields):
         new = typed.get(k, fields.get(k, was.get(k)))
         if k not in was or new != was[k]:
-            raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or change --out")
+            raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or change "
+                            "--out")
     if saved["step"] >= run.steps:
         raise UserError(f"this run has done all of its {run.steps} steps: --steps=N with a larger N goes on")
     if run.steps != was["steps"]:
@@ -213,8 +214,9 @@ def train(run, typed, fields, saved, out, rank, world):
             loader.load_state_dict(saved["loader"])
             torch.set_rng_state(saved["rng"])
             for k, v in state.items():
-                assert saved["state"][k].shape[1:] == v.shape[1:] and saved["state"][k].dtype == v.dtype, "another state"
-                state[k] = saved["state"][k][rank * B:(rank + 1) * B].to(v.device).view_as(v)
+                whole = saved["state"][k]
+                assert whole.shape[1:] == v.shape[1:] and whole.dtype == v.dtype, "another state"
+                state[k] = whole[rank * B:(rank + 1) * B].to(v.device).view_as(v)
             start, best, seconds = int(saved["step"]), float(saved["best"]), float(saved["seconds"])
     forward = stream.make_step(model, dtype, compile)
     backward = stream.replay if run.replay else stream.bptt

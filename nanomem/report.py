@@ -108,7 +108,8 @@ def first_table(models):
     if not columns:
         return None
     meaning = dict(loss="nats a token on held-out books, and minus gpt's (- gpt)",
-                   recall="accuracy by tokens back to the answer", state="bytes of memory for one text", ms="to decode a token after a long text")
+                   recall="accuracy by tokens back to the answer", state="bytes of memory for one text",
+                   ms="to decode a token after a long text")
     legend = [f"{word}: {text}" for word, text in meaning.items() if any(c.startswith(word) for c in columns)]
     body = [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items() if cells]
     return ";\n".join(legend) + f".\n\n{table(['model', *columns], body)}"

@@ -167,7 +167,8 @@ def test_the_chunks_are_the_interleaved_sequence_of_the_paper():
     assert (seen & raw).sum(1).tolist() == [min(t + 1, w) for t in range(T)]
     for t in range(T):
         seen[t] &= torch.tensor([s >= 0 and not (kind == "eidetic" and s > t - w) for kind, s in line])
-    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (layer.gain[:, 0] * norm(q), k, v)), seen)
+    q, k, v = (x.transpose(0, 1) for x in (layer.gain[:, 0] * norm(q), k, v))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
     assert torch.allclose(out[0], layer.out(o.transpose(0, 1).reshape(T, 16)), atol=1e-10)
 
 
@@ -240,7 +241,8 @@ def test_an_ablation_chooses_by_the_text_alone_however_it_is_cut(select):
         for part in tokens.split(cut, 1):
             cache = model.extend(part, cache)[1]
         parts = model.write(cache, state)
-        assert all(torch.equal(parts[f"{l}.{k}"], whole[f"{l}.{k}"]) for l in (0, 1) for k in ("position", "innovation"))
+        for key in ("0.position", "1.position", "0.innovation", "1.innovation"):
+            assert torch.equal(parts[key], whole[key])
     assert whole["0.position"][0].sort()[0].tolist() != whole["0.position"][1].sort()[0].tolist()
 
 

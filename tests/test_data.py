@@ -141,7 +141,8 @@ def books(*lengths):
     """Books of 1 + n tokens in which token i of book b is 1000 b + i."""
     tokens = [1000 * b + np.arange(n + 1).astype("<u2") for b, n in enumerate(lengths)]
     ones = [1] * len(lengths)
-    return data.Books(SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256), [str(b) for b in range(len(lengths))], tokens, ones, ones)
+    enc = SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256)
+    return data.Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
 
 
 def read(loader, n):

@@ -160,7 +160,8 @@ def test_what_a_kill_between_best_and_last_leaves_is_made_good_at_resume(tmp_pat
         elif last(out)["step"] < 6:
             train.main([f"--out={out}", "--resume"])
         one, two = (checkpoint.load(d / "best.pt", "checkpoint") for d in (tmp_path / "whole", out))
-        assert one["step"] == two["step"] and all(torch.equal(one["weights"][k], two["weights"][k]) for k in one["weights"])
+        assert one["step"] == two["step"]
+        assert all(torch.equal(one["weights"][k], two["weights"][k]) for k in one["weights"])
 
 
 # loses work
@@ -388,7 +389,7 @@ def damage(content, rng):
 
 @pytest.mark.parametrize("n", [90, pytest.param(600, marks=pytest.mark.slow)])
 def test_no_damaged_file_gives_a_traceback(tmp_path, out, n, capsys):
-    """Checkpoints and memories with a correct checksum but a wrong content, files cut off, shards with wrong numbers."""
+    """Checkpoints and memories with a right checksum but a wrong content, files cut off, shards with wrong numbers."""
     rng, found = np.random.default_rng(n), dict(accepted=0, refused=0)
     saved = checkpoint.load(out / "last.pt", "checkpoint")
     sample.main([str(out), "--prompt=The whale, the whale", "--tokens=1", f"--save-memory={tmp_path / 'm.pt'}"])

@@ -121,7 +121,7 @@ def test_what_is_not_scored_counts_in_no_loss_and_in_no_score():
     batch = stream.scored(loader().next(), model)
     out = ~model.scored().repeat(3)
     assert (batch.y[:, out] == -1).all() and torch.equal(batch.y[:, ~out], loader().next().y[:, ~out])
-    for other, like in ((model, []), (rmt, [model])):                 # the other model is compared on the same positions
+    for other, like in ((model, []), (rmt, [model])):               # the other one is compared on the same positions
         ours, nll, _ = next(stream.evaluate(other, loader(), like=like))
         assert torch.equal(ours.y, batch.y) and (nll[ours.y < 0] == 0).all() and (nll[ours.y >= 0] > 0).all()
     logits = run(model, batch.x)[0][batch.y >= 0]

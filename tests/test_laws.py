@@ -18,11 +18,11 @@ LAWS = {
         "positions that start anew in each call; a mask aligned with the first key; something kept on self"),
     3: ("no token sees the future", "A token can change its own logit and later ones, and none before it.",
         "a mask shifted by one; a statistic over the whole segment; a memory written before the segment has read it"),
-    4: ("the state is the only channel", "The output depends on tokens and state alone: on nothing kept elsewhere, not on "
-        "other batch elements, not on how the batch is put together. Forward never changes its input state.",
+    4: ("the state is the only channel", "The output depends on tokens and state alone: on nothing kept elsewhere, not "
+        "on other batch elements, not on how the batch is put together. Forward never changes its input state.",
         "an in-place write into the state; a random number; an index over the batch; normalisation over the batch"),
     5: ("the past matters", "A token of an earlier segment moves later logits, and every parameter gets a gradient.",
-        "a state that is returned but not read; a detach in the wrong place; a product with weights that start at zero"),
+        "a state that is returned but not read; a detach in the wrong place; a product with weights that are zero"),
     6: ("replay equals back-propagation through time", "Replay gives the same loss, state and gradients.",
         "a state tensor that is detached on the way; an integer state that should be a float; randomness"),
     7: ("memory off is GPT", "With its memory switched off, a model is the plain GPT, to the bit.",
@@ -94,7 +94,7 @@ def test_the_state_is_a_flat_dict_of_fixed_shape(model):
             holds(1, same, f"after segment {i} state['{k}'] is {tuple(v.shape)} {v.dtype}, "
                            f"in init_state it is {tuple(first[k].shape)} {first[k].dtype}")
             holds(1, v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes,
-                  f"after segment {i} state['{k}'] keeps {v.untyped_storage().nbytes()} bytes alive and holds {v.nbytes}")
+                  f"after segment {i} state['{k}'] keeps {v.untyped_storage().nbytes()} bytes and holds {v.nbytes}")
 
 
 # law 2
@@ -152,8 +152,8 @@ def test_no_token_sees_the_future(model):
     before, after = run(model, tokens.repeat(T, 1))[0], run(model, changed)[0]
     moved = (before - after).abs().amax(-1) > 1e-6                   # (changed token, logit)
     for t, i in moved.tril(-1).nonzero().tolist():
-        holds(3, False, f"the token at segment {t // S}, position {t % S} changes the logit at segment {i // S}, position "
-                        f"{i % S}, {t - i} before it, by {(before - after)[t, i].abs().max():.3g}")
+        holds(3, False, f"the token at segment {t // S}, position {t % S} changes the logit at segment {i // S}, "
+                        f"position {i % S}, {t - i} before it, by {(before - after)[t, i].abs().max():.3g}")
     deaf = (~moved.diagonal()).nonzero().flatten().tolist()
     holds(3, not deaf, f"the tokens at {deaf[:9]} do not even change their own logits")
 

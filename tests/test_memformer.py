@@ -227,7 +227,8 @@ def test_at_the_start_a_slot_weighs_as_much_as_the_whole_segment_and_slots_diffe
             _, state = model(x, state)
         assert 0.2 < kept.mean() < 0.8
         u = F.normalize(state["mem"], dim=-1)
-        assert ((u @ u.mT).sum((1, 2)) - model.c.M).max() / (model.c.M * (model.c.M - 1)) < 0.9   # mean cosine of others
+        M = model.c.M
+        assert ((u @ u.mT).sum((1, 2)) - M).max() / (M * (M - 1)) < 0.9          # the mean cosine between two slots
 
 
 def test_forgetting_vectors_do_not_decay():
@@ -333,8 +334,8 @@ def test_compiled_replay_is_two_graphs():
 def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
     """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: it is learned, and remembered for fifteen.
     BPTT windows shorter than the gap are no control at chance: a reader can use what an untaught writer leaves."""
-    train.main(["--model=memformer", "--data=delayed", "--layers=2", "--heads=2", "--width=64", "--seg=16", "--batch=32",
-                "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--eval_interval=125", f"--out={tmp_path}"])
+    train.main(["--model=memformer", "--data=delayed", "--layers=2", "--heads=2", "--width=64", "--seg=16",
+                "--batch=32", "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--eval_interval=125", f"--out={tmp_path}"])
     model, right, asked = nanomem.load(tmp_path)[0], 0, 0
     for batch, _, hit in stream.evaluate(model, tasks.TaskLoader("delayed", 64, 16 * 16, seed=2), 4):
         late = batch.distance >= 4 * 16

@@ -19,7 +19,9 @@ SMALL = dict(layers=3, new=4, slots=16, found=6, store=40, query=3)   # N/K = 4:
 
 def small(name="mplus", **fields):
     fields = {**SMALL, **fields}
-    model = tiny(name, **(fields if name == "mplus" else {k: v for k, v in fields.items() if k in ("layers", "new", "slots", "shift")}))
+    if name == "memoryllm":
+        fields = {k: v for k, v in fields.items() if k in ("layers", "new", "slots", "shift")}
+    model = tiny(name, **fields)
     if getattr(model.c, "M", 0):
         model.f_q.out.data *= 0.2      # no score so near to 1 that float32 sees ties
     return model

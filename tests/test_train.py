@@ -134,7 +134,8 @@ def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys
     (["--batch=3", "--accum=2"], "--batch=3 does not split over 1 devices x 2 parts"),
     (["--device=tpu"], "no device tpu"), (["--dtype=int8"], "float32 or bfloat16"),
     (["--vocab=10"], "too small: the data has 64"), (["--width=30", "--heads=4"], "width 30"),
-    (["--data=nowhere"], "there is no folder nowhere, and no task of that name"), (["--replay=maybe"], "is a switch"), (["--resume"], "cannot read")])
+    (["--data=nowhere"], "there is no folder nowhere, and no task of that name"), (["--replay=maybe"], "is a switch"),
+    (["--resume"], "cannot read")])
 def test_a_wrong_flag_is_one_sentence(tmp_path, argv, why):
     with pytest.raises(UserError, match=why):
         go(tmp_path, *argv)

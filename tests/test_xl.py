@@ -79,7 +79,7 @@ def test_the_cache_is_the_last_w_and_one_keys_and_values_at_positions_0_to_w():
 def test_only_the_filled_part_of_the_cache_is_seen():
     model, tokens = tiny("xl", window=3 * S), text(K=2)
     state = run(model, tokens)[1]
-    empty = torch.arange(3 * S + 1)[:, None] < S                     # the 2 S newest are real; just before them stay zeros
+    empty = torch.arange(3 * S + 1)[:, None] < S                     # the 2 S newest are real, the one before is zero
     junk = dict(state, kv=torch.where(empty, 1e3, state["kv"]))
     assert state["n"].tolist() == [2 * S, 2 * S]
     assert torch.equal(model(tokens[:, :S], state)[0], model(tokens[:, :S], junk)[0])

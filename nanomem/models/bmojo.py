@@ -51,7 +51,7 @@ def innovation(y, last):
 
 
 def rope_of_keys(positions, D):
-    """RoPE for keys of which the slow half comes from the position before: that half has the angles of that position."""
+    """RoPE for keys whose slow half comes from the position before: that half has the angles of that position."""
     own, before = rope(positions, D), rope(positions - 1, D)
     return [torch.cat([a[:, :D // 4], b[:, D // 4:]], 1) for a, b in zip(own, before)]
 
