@@ -23,6 +23,7 @@ MODELS = {
     "bmojo_f": ("bmojo", "BMojo", dict(eidetic=0)),
     "bmojo": ("bmojo", "BMojo", {}),
     "gca": ("gca", "GCA", {}),
+    "infini": ("infini", "Infini", {}),
 }
 
 
