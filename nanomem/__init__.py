@@ -24,6 +24,8 @@ MODELS = {
     "bmojo": ("bmojo", "BMojo", {}),
     "gca": ("gca", "GCA", {}),
     "infini": ("infini", "Infini", {}),
+    "titans": ("titans", "Titans", {}),
+    "titans_mag": ("titans", "Titans", dict(form="mag")),
 }
 
 
