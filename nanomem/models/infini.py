@@ -1,4 +1,4 @@
-"""Infini-attention: every head adds its keys and values to a matrix and asks it, beside the attention to its segment."""
+"""Infini-attention: every head adds its keys and values to a matrix and asks it, beside attention to its segment."""
 from dataclasses import dataclass
 
 import torch
