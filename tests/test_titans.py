@@ -27,7 +27,7 @@ def mem(w, x):
 
 
 def loop(w, s, q, k, v, theta, eta, keep, Q):
-    """Equations 12 to 15, a token at a time; autograd takes the gradient, at the weights with which a chunk of Q began."""
+    """Equations 12 to 15, a token at a time. Autograd takes the gradient, at the weights with which the chunk began."""
     ys = []
     for t in range(q.size(2)):
         if t % Q == 0:
@@ -131,7 +131,7 @@ def test_gradients_of_a_chunk_reach_every_input():
 
 @torch.no_grad()
 def test_mac_reads_the_memory_from_before_its_segment_only():
-    """However much a segment writes, its own logits do not change; those of the next do. With mag they change at once."""
+    """With larger steps the logits of the same segment do not change, those of the next do. With mag all change."""
     for name, at_once in (("titans", False), ("titans_mag", True)):
         one, two = tiny(name), tiny(name)
         for block in two.blocks:
@@ -195,6 +195,7 @@ def test_the_size_is_that_of_gpt():
 
 def test_settings_that_make_no_sense_are_refused():
     for fields, why in ((dict(form="mal"), "form is mac or mag, got mal"), (dict(depth=3), "depth is 0, 1 or 2, got 3"),
-                        (dict(chunk=0), "chunk must be positive, got 0"), (dict(persist=-1), "persist counts tokens")):
+                        (dict(chunk=0), "chunk counts tokens, at least 1, got 0"),
+                        (dict(persist=-1), "persist counts tokens, at least 0, got -1")):
         with pytest.raises(UserError, match=why):
             nanomem.build("titans", **fields)

@@ -25,8 +25,8 @@ class Config(gpt.Config):
         super().__post_init__()
         assert self.form in ("mac", "mag"), f"form is mac or mag, got {self.form}"
         assert self.depth in (0, 1, 2), f"depth is 0, 1 or 2, got {self.depth}"
-        assert self.persist >= 0, f"persist counts tokens, got {self.persist}"
-        assert self.chunk > 0, f"chunk must be positive, got {self.chunk}"
+        for name, least in (("persist", 0), ("chunk", 1)):
+            assert getattr(self, name) >= least, f"{name} counts tokens, at least {least}, got {getattr(self, name)}"
 
     @property
     def hidden(self):
@@ -53,11 +53,9 @@ def gradients(w, k, v):
     product d x^T of the layer's input x and of the gradient d at its output; both are returned, (B, H, T, D)."""
     if len(w) == 1:
         return [(k @ w[0].mT - v, k)]                                          # eq. 17
-    a = k + k @ w[0].mT
-    h, scaled = bend(a), a.size(-1) ** 0.5 * a
-    slope = scaled.sigmoid() * (1 + scaled * (1 - scaled.sigmoid()))           # the derivative of bend
-    error = h @ w[1].mT - v
-    return [(error @ w[1] * slope, k), (error, h)]
+    h, back = torch.func.vjp(bend, k + k @ w[0].mT)
+    d = h @ w[1].mT - v
+    return [(*back(d @ w[1]), k), (d, h)]
 
 
 def products(log):
@@ -68,7 +66,7 @@ def products(log):
 
 
 def descend(w, s, q, grads, theta, eta, keep):
-    """Gradient descent over a chunk of T tokens, without a loop. For a layer with gradients d x^T, and keep = 1 - alpha:
+    """Gradient descent over a chunk of T tokens, without a loop. For a layer with gradients d x^T, keep = 1 - alpha:
 
         s_t = eta_t s_{t-1} - theta_t d_t x_t^T              (eq. 14)
         w_t = keep_t w_{t-1} + s_t                           (eq. 13)
@@ -101,28 +99,25 @@ class Memory(nn.Module):
         self.rates = nn.Linear(c.width, 3 * c.heads, bias=False)
         self.bias = nn.Parameter(torch.tensor([0, 0, -6.0]).repeat_interleave(c.heads))  # of theta, eta and alpha
 
-    def queries(self, x):
-        return unit(split_heads(self.q(x), self.c.heads))                      # (B, H, T, D)
-
     def ask(self, x, w):
         """What a memory with weights w says to tokens x (B, T, C), eq. 15 -> (B, T, C)."""
         with full_precision(x):
-            q = self.queries(x).type_as(w[0])
+            q = unit(split_heads(self.q(x), self.c.heads)).type_as(w[0])            # (B, H, T, D)
             y = bend(q + q @ w[0].mT) @ w[1].mT if len(w) == 2 else q @ w[0].mT
         return norm(merge_heads(y)).type_as(x)
 
     def write(self, x, P, memory):
         """Tokens x (B, T, C), behind P others of their segment -> Mem_t(q_t) (B, T, C) and the memory after them."""
         c, ys, sizes = self.c, [], []
-        q, k, v = self.queries(x), *(split_heads(linear(x), c.heads) for linear in (self.k, self.v))
+        q, k, v = (split_heads(linear(x), c.heads) for linear in (self.q, self.k, self.v))
         line = torch.cat([memory["key"].type_as(k), k], 2)                     # with the key of the token before
-        k, v = unit((with_previous(line) if c.shift else line)[:, :, 1:]), unit(v)
+        k = (with_previous(line) if c.shift else line)[:, :, 1:]
         rates = self.rates(x)
         while sum(sizes) < x.size(1):                                          # first fill the open chunk
             sizes.append(min(c.chunk - (P + sum(sizes)) % c.chunk, x.size(1) - sum(sizes)))
         with full_precision(x):
             at, w, s = memory["at"], memory["w"], memory["s"]
-            q, k, v, rates = (z.type_as(w[0]) for z in (q, k, v, rates))
+            q, k, v, rates = (z.type_as(w[0]) for z in (unit(q), unit(k), unit(v), rates))
             theta, eta, alpha = (rates + self.bias.type_as(rates)).mT.chunk(3, 1)        # (B, H, T)
             eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # exp(-1e4) is 0
             theta = theta.sigmoid() * (1 - eta.exp()) * min(1, 2 / c.chunk / c.depth)
@@ -183,22 +178,22 @@ class Titans(GPT):
     Config, Attention = Config, TitansAttention
 
     def init_state(self, B):
-        c = self.c
-        w = torch.zeros(B, c.layers, c.depth, c.heads, c.head_dim, c.head_dim, device=self.head.weight.device)
-        return dict(w=w, s=w.clone()) if c.momentum else dict(w=w)
+        c, device = self.c, self.head.weight.device
+        shape = B, c.layers, c.depth, c.heads, c.head_dim, c.head_dim
+        return {name: torch.zeros(shape, device=device) for name in ("w", "s")[:1 + c.momentum] if c.depth}
 
     def read(self, state):
         """For each layer: no keys and values of the segment yet, those of the persistent tokens, before position 0, and
         the memory: w, s, w when the chunk and when the segment began (at, before), the key of the last token."""
+        if not state:
+            return None
         layers, w, s = [], state["w"], state.get("s", torch.zeros_like(state["w"]))
-        before = rope(torch.arange(-self.c.persist, 0, device=w.device), self.c.head_dim)
-        for block, w, s in zip(self.blocks if self.c.depth else [], w.unbind(1), s.unbind(1)):
+        positions = rope(torch.arange(-self.c.persist, 0, device=w.device), self.c.head_dim)
+        for block, w, s in zip(self.blocks, w.unbind(1), s.unbind(1)):
             w, s, persist = w.unbind(1), s.unbind(1), norm(block.attention.persist).expand(len(w), -1, -1)
             memory = dict(w=w, s=s, at=w, before=w, key=torch.zeros_like(w[0][:, :, :1]))
-            layers.append((*[w[0][:, :, :0]] * 2, *block.attention.keys_values(persist, before), memory))
-        return layers or None
+            layers.append((*[w[0][:, :, :0]] * 2, *block.attention.keys_values(persist, positions), memory))
+        return layers
 
     def write(self, cache, state):
-        layers = [layer[-1] for layer in cache] if self.c.depth else []
-        new = {name: torch.stack([torch.stack(layer[name], 1) for layer in layers], 1) for name in state if layers}
-        return new or {name: x.clone() for name, x in state.items()}
+        return {name: torch.stack([torch.stack(layer[-1][name], 1) for layer in cache], 1) for name in state}
