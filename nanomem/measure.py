@@ -313,7 +313,7 @@ def cost(model, batch, segments, after, compile=False):
     c, device = model.c, stream.device_of(model)
     steps = [training_step(model, batch, segments, compile=compile),
              training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0)]
-    ours, theirs = seconds(device, *steps, warm=True)
+    ours, theirs = seconds(device, *steps, rounds=5, warm=True)
 
     book, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
     readers, held, peaks = [], [], []

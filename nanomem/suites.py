@@ -18,7 +18,7 @@ class Suite:
     width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
     equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
-    steps: int = 40              # training steps on books
+    steps: int = 30              # training steps on books
     task_steps: int = 0          # training steps on a synthetic task; 0: as many as the task needs
     batch: int = 8               # B, books side by side
     segments: int = 16           # K, segments in a BPTT window
@@ -27,8 +27,8 @@ class Suite:
     lr: float = 4e-3             # peak learning rate of AdamW on books
     muon: float = 0.04           # peak learning rate of Muon on books
     search: str = ""             # multiples of both that are tried on books for a tenth of the steps: 0.5,1,2
-    upto: int = 0                # tokens of each held-out book that are scored; 0: all
-    read: int = 100_000          # tokens before the last measurement of cost; the longest text of needle
+    upto: int = 32_768           # tokens of each held-out book that are scored; 0: all
+    read: int = 65_536           # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
     seeds: int = 1               # how many seeds, from that one on
     compile: bool = False        # compile both models whose training speed is compared
@@ -84,7 +84,7 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(8, S=64, batch=8, steps=100, texts=128),
+    recall=recall(8, S=64, batch=8, steps=80, texts=128),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     delayed=Task(
@@ -139,5 +139,5 @@ ORDER = ("books", "passage", *TASKS, "cost", "race", "replay")   # of the report
 SUITES = dict(
     laptop={},   # the defaults
     night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, equal=True,
-               search="0.25,0.5,1", seeds=2, read=2 ** 20,
+               search="0.25,0.5,1", seeds=2, read=2 ** 20, upto=0,
                tasks="books,passage,recall,delayed,mqar,noise,needle,needle1k,hops,retain,cost,replay"))
