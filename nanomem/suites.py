@@ -11,7 +11,7 @@ BPTT_WINDOWS = (2, 4, 8, 16, 32)                                 # K, segments t
 
 @dataclass
 class Suite:
-    tasks: str = "books,recall,cost"   # which, with commas between them, or all
+    tasks: str = "recall,cost"   # which, with commas between them, or all
     models: str = ""             # which (see above), or all; without it those that the task was made for, or all
     layers: int = 2              # of the models that read books, and of those whose cost is measured
     heads: int = 2               # attention heads
