@@ -9,7 +9,7 @@ import torch
 
 from .cli import UserError
 
-VERSION = 2   # 1 named the model "room" and its weights "model"
+VERSION = 2   # of the format; files of another version are refused
 
 
 def checksum(content):

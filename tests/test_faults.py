@@ -140,6 +140,12 @@ def test_a_changed_bit_in_a_checkpoint_is_noticed(tmp_path):
             assert checkpoint.checksum(last(tmp_path)) == content
 
 
+def test_a_file_of_the_format_before_is_refused_in_one_sentence(tmp_path):
+    torch.save(dict(format="nanomem checkpoint", version=1, step=3), tmp_path / "last.pt")
+    with pytest.raises(UserError, match="was written in format 1, this code reads format 2: train again"):
+        go(tmp_path, "--resume", "--steps=9")
+
+
 def test_what_a_kill_between_best_and_last_leaves_is_made_good_at_resume(tmp_path, monkeypatch):
     """At each save, the last one too."""
     go(tmp_path / "whole", "--steps=6", "--eval_interval=2")

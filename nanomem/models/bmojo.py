@@ -72,14 +72,14 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """The memory where a text begins: room for all tokens. Position and innovation say which are there."""
-        room = lambda tokens: zeros(tokens, 2, self.c.heads, self.c.head_dim)
+        """The memory where a text begins: empty places for all tokens. Position and innovation say which are there."""
+        empty = lambda tokens: zeros(tokens, 2, self.c.heads, self.c.head_dim)
         last = lambda: zeros(1, self.c.heads, self.c.head_dim)
-        memory = dict(window=room(self.c.past), last_key=last())
+        memory = dict(window=empty(self.c.past), last_key=last())
         if self.fading:
-            memory.update(fading=room(2 * self.c.W), last_fading_key=last())
+            memory.update(fading=empty(2 * self.c.W), last_fading_key=last())
         if self.M:
-            memory.update(eidetic=room(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
+            memory.update(eidetic=empty(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
                           outputs=zeros(SPAN, self.c.width))
         return memory
 
