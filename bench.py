@@ -97,9 +97,9 @@ def shape_of(b, model):
     return shape
 
 
-def untrained(b, model):
+def untrained(b, model, vocab=VOCAB):
     """A new model of the size that reads books."""
-    fields = {**shape_of(b, model), "vocab": VOCAB, **fields_of(model), **fields_of(model, tested=True)}
+    fields = {**shape_of(b, model), "vocab": vocab, **fields_of(model), **fields_of(model, tested=True)}
     return nanomem.build(parts_of(model)[0], **fields)
 
 
@@ -180,7 +180,8 @@ def measured(b, job, saved, tried):
     if job.task == "race":
         tokenizer = BYTES["tokenizer"]
         books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
-        return measure.race(untrained(b, job.model).to(device), books, held_out, b.steps, b.batch, b.segments)
+        new = untrained(b, job.model, -(-books.enc.n_vocab // 64) * 64)
+        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments)
     if job.task == "replay":
         return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"

@@ -46,7 +46,7 @@ class Task:
     models: tuple = ()         # the models it was made for; all where it is empty
     others: str = ""           # settings of all other models
     text_segments: int = 0     # segments in a training text, where that is more than a BPTT window
-    long_texts: bool = False   # give memory room for the whole text (model.for_length), and stop at --read
+    long_texts: bool = False   # let the memory hold the whole text (model.for_length), up to --read
     longest: dict = field(default_factory=dict)   # model -> its longest text, where longer ones take too much time
 
     def flags(self, settings, steps=0):
@@ -138,6 +138,6 @@ ORDER = ("books", "passage", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults
-    night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, steps=5000, equal=True,
+    night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, segments=4, steps=5000, equal=True,
                search="0.25,0.5,1", seeds=2, read=2 ** 20, upto=0,
                tasks="books,passage,recall,delayed,mqar,noise,needle,needle1k,hops,retain,cost,replay"))

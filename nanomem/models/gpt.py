@@ -198,7 +198,7 @@ class GPT(nn.Module):
         return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def for_length(self, T):
-        """The fields to change so that the memory has room for a whole text of T tokens: none here."""
+        """The fields to change so that the memory can hold a whole text of T tokens: none here."""
         return {}
 
     def init_state(self, B):
