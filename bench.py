@@ -85,16 +85,27 @@ def models_of(b, task):
     return models
 
 
+SHAPE = ("layers", "heads", "width", "seg")
+
+
+def equal_mlp(b, model, shape):
+    """{"mlp": its width}, for a model that would not have as many parameters as gpt, within 3%, and has with that MLP:
+    the number of parameters grows with the width of the MLP in a straight line. Else {}."""
+    name, fields, width = parts_of(model)[0], {**shape, **fields_of(model)}, shape["width"]
+    if not b.equal or "mlp" in fields:
+        return {}
+    count = lambda name, **fields: measure.parameters(nanomem.build(name, **{"vocab": VOCAB, **fields}))
+    with torch.device("meta"):       # nothing is computed
+        gpt, four, two = count("gpt", **shape), count(name, **fields), count(name, **fields, mlp=2 * width)
+    if abs(four / gpt - 1) <= 0.03 or four == two:
+        return {}
+    return dict(mlp=max(8, round((4 - 2 * (four - gpt) / (four - two)) * width / 8) * 8))
+
+
 def shape_of(b, model):
-    """The fields of a model that reads books. With --equal its MLPs are so wide that it has gpt's number of parameters,
-    which grows with the width in a straight line."""
-    shape = {k: getattr(b, k) for k in ("layers", "heads", "width", "seg")}
-    if b.equal and "mlp" not in fields_of(model):
-        count = lambda name, **own: measure.parameters(nanomem.build(name, **{**shape, "vocab": VOCAB, **own}))
-        with torch.device("meta"):       # nothing is computed
-            few, many = (count(parts_of(model)[0], **{**fields_of(model), "mlp": n * b.width}) for n in (2, 4))
-            shape["mlp"] = round((2 + 2 * (count("gpt") - few) / (many - few)) * b.width / 8) * 8
-    return shape
+    """The fields of a model that reads books."""
+    shape = {k: getattr(b, k) for k in SHAPE}
+    return {**shape, **equal_mlp(b, model, shape)}
 
 
 def untrained(b, model, vocab=VOCAB):
@@ -111,6 +122,7 @@ def flags_of(b, job):
     name, settings, _ = parts_of(job.model)
     if job.task in TASKS:
         flags = TASKS[job.task].flags(settings, b.task_steps)
+        flags.update(equal_mlp(b, job.model, {k: flags[k] for k in SHAPE}))
     else:
         same = ("data", "steps", "batch", "segments", "interleave", "interleave_len", "lr", "muon")
         flags = dict({k: getattr(b, k) for k in same}, **shape_of(b, job.model), **({} if b.data else BYTES))

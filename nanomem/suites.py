@@ -17,7 +17,7 @@ class Suite:
     heads: int = 2               # attention heads
     width: int = 64              # channels
     seg: int = 64                # S, tokens in a segment
-    equal: bool = False          # on books as many parameters as gpt, with wider or narrower MLPs
+    equal: bool = True           # as many parameters as gpt, within 3%, with wider or narrower MLPs where needed
     steps: int = 30              # training steps on books
     task_steps: int = 0          # training steps on a synthetic task; 0: as many as the task needs
     batch: int = 8               # B, books side by side
@@ -138,6 +138,6 @@ ORDER = ("books", "passage", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults
-    night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, segments=4, steps=5000, equal=True,
+    night=dict(models="all", layers=8, heads=8, width=512, seg=512, batch=16, segments=4, steps=5000,
                search="0.25,0.5,1", seeds=2, read=2 ** 20, upto=0,
                tasks="books,passage,recall,delayed,mqar,noise,needle,needle1k,hops,retain,cost,replay"))

@@ -181,7 +181,7 @@ def test_the_best_learning_rate_of_a_search_is_taken(tmp_path, shards):
 
 
 def test_equal_models_have_as_many_parameters_as_gpt(name):
-    b = bench.Bench(equal=True, layers=4, heads=4, width=128, seg=64)
+    b = bench.Bench(layers=4, heads=4, width=128, seg=64)
     with torch.device("meta"):
         size = lambda model: measure.parameters(bench.untrained(b, model))
         assert abs(size(name) / size("gpt") - 1) < 0.03
