@@ -10,7 +10,7 @@ Settings of a model or of train.py follow the model's name, and settings behind 
 
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
-    recall, recall8, recall32, delayed, mqar, noise, needle, needle1k, hops, retain
+    recall, recall2, recall8, recall32, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
     race      time to the same loss against nanoGPT's model and recipe, both trained in turn
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import checkpoint, cli, data, measure, report, stream, suites, tasks
+from nanomem import checkpoint, cli, data, measure, pictures, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, describe, read_result, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
@@ -48,7 +48,7 @@ class Bench(suites.Suite):
     out: str = "out/bench"       # folder for checkpoints, results and report
     device: str = ""             # cpu, cuda, mps
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
-    plot: bool = False           # draw a picture of the books and one of each task (needs matplotlib)
+    plot: bool = False           # draw pictures of books, tasks and cost (needs matplotlib)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,12 +205,14 @@ def measured(b, job, saved, tried):
             sized = load(**model.for_length(T)) if t.long_texts else model
             found += measure.accuracy(sized, test, T, t.texts * min(t.tests) // T, t.batch, t.edges)
         return found
-    books = data.open_books(b.data, "test" if b.final else "validation", saved["run"]["tokenizer"])
+    tokenizer = saved["run"]["tokenizer"]
+    books = data.open_books(b.data, "test" if b.final else "validation", tokenizer)
     if job.task == "passage":
         return measure.passage(model, books)
     like = [untrained(b, other).to(device) for other in settings_of(b, job)["not_scored"]]
     return dict(measure.loss_by_position(model, books, suites.POSITIONS, 4 * b.batch, b.upto, b.interleave, like=like,
-                                         segments=b.segments, interleave_len=b.interleave_len), search=tried)
+                                         segments=b.segments, interleave_len=b.interleave_len,
+                                         training=data.open_books(b.data, "train", tokenizer)), search=tried)
 
 
 def work(b, group, command):
@@ -273,7 +275,7 @@ def main(argv):
     tables = report.tables(models, {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()})
     Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n", encoding="utf-8")
     print(f"\n{head}\n\n{tables}\n")
-    print(f"written to {b.out}:", ", ".join(["report.md", *(report.draw(models, TASKS, b.out) if b.plot else [])]))
+    print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, TASKS, b.out) if b.plot else [])]))
     if failed:
         raise UserError(f"not all of it could be measured: {'; '.join(failed)}")
     return 0

@@ -6,8 +6,10 @@ retrieved(cache), which `accuracy` asks.
 import copy
 import math
 import platform
+import re
 import time
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -48,9 +50,61 @@ def token_losses(model, books, batch, segments, interleave=1, interleave_len=1, 
     return losses
 
 
-def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading):
+WORDS_BACK = (1, 64, 256, 1024, 4096, 1 << 40)   # tokens since a rare word was last seen: a column ends at each
+WORD = re.compile(rb"[A-Za-z\x80-\xff]+")      # letters of ASCII, and all bytes of other characters
+
+
+def count_words(books):
+    """How often each word stands in these books."""
+    counts = Counter()
+    for tokens in books.tokens:
+        counts.update(WORD.findall(books.enc.decode_bytes(tokens[1:].tolist())))
+    return counts
+
+
+def rare_words(books, counts, rare=1e-6):
+    """The words of each book that are rare in training: of which at most the part `rare` of all words counted there
+    are. They are names, mostly, and a second time only a memory can know them. For each book an array (words, 3): the
+    first target and the one behind the last (a target is a place in token_losses), and the tokens since this word was
+    last seen in this book, 0 the first time.
+
+    Zoology (2312.04927) takes pairs of tokens in place of words; but two bytes are no fact.
+    """
+    most, size = rare * counts.total(), [len(books.enc.decode_single_token_bytes(i)) for i in range(books.enc.n_vocab)]
+    found = []
+    for tokens in books.tokens:
+        ends = np.cumsum(np.array(size)[tokens[1:]])                           # where each token ends, in bytes
+        seen, here = {}, []
+        for word in WORD.finditer(books.enc.decode_bytes(tokens[1:].tolist())):
+            if counts[word[0]] <= most:
+                start, end = np.searchsorted(ends, [word.start(), word.end() - 1], "right")
+                here.append((start, end + 1, start - seen.get(word[0], start)))
+                seen[word[0]] = start
+        found.append(np.array(here, int).reshape(-1, 3))
+    return found
+
+
+def loss_of_words(losses, words, edges):
+    """The loss of rare words in nats a word, by the tokens since they were last seen: the first time, and between two
+    edges. losses: {name: loss of each token, of each book}; the others are given as their difference to "loss"."""
+    nats = {name: [np.array([x[i:j].sum() for i, j, _ in w]) for x, w in zip(each, words)]
+            for name, each in losses.items()}
+    found = []
+    for start, end in [(0, 1), *zip(edges, edges[1:])]:
+        chosen = [(w[:, 2] >= start) & (w[:, 2] < end) & np.isfinite(x) for x, w in zip(nats["loss"], words)]
+        part = {name: [x[here] for x, here in zip(each, chosen)] for name, each in nats.items()}
+        n, mean = sum(map(len, part["loss"])), mean_of(part["loss"])
+        if n:
+            found.append(dict(start=start, end=end, words=n, loss=mean,
+                              by_book=[[float(x.sum()), len(x)] for x in part["loss"]],
+                              **{name: mean_of(each) - mean for name, each in part.items() if name != "loss"}))
+    return found
+
+
+def loss_by_position(model, books, edges, batch, upto=0, interleave=1, training=None, **reading):
     """The loss on held-out books: of all tokens, of those between two edges of the position in the book, and by the
-    position in the segment. Of each book the first `upto` tokens are scored, or all. `reading`: see token_losses.
+    position in the segment. Of each book the first `upto` tokens are scored, or all. With the `training` books, also
+    of words that are rare there. `reading`: see token_losses.
 
     start, end        positions in the book
     tokens            number of them, in all books
@@ -62,6 +116,7 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading
     another           how much it increases with another book's memory: before each segment, batch element b gets the
                       state of element b - 1, so that what the last B - 1 segments wrote is not of its book. Only
                       where there are several books
+    words             the same for rare words, in nats a word, by the tokens since the word was last seen, start to end
     """
     books = replace(books, tokens=[tokens[:upto + 1 if upto else None] for tokens in books.tokens])
     B = max(1, min(batch, len(books) // interleave))
@@ -71,6 +126,7 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading
     if B > 1:
         controls["another"] = losses(lambda state: {k: v.roll(1, 0) for k, v in state.items()})
     longest, S = max(map(len, loss)), model.c.seg
+    words = rare_words(books, count_words(training)) if training else []
 
     def part(start, end):
         cut = lambda losses: [x[start:end] for x in losses]
@@ -90,7 +146,8 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, **reading
     return dict(books=len(books), interleave=interleave, parameters=parameters(model),
                 state_bytes=stream.nbytes(model.init_state(1)), all=part(0, longest),
                 by_position=list(filter(None, map(part, edges, edges[1:]))),
-                in_segment=[x for x in in_segment if x["loss"] is not None])
+                in_segment=[x for x in in_segment if x["loss"] is not None],
+                words=loss_of_words(dict(controls, loss=loss), words, WORDS_BACK) if training else [])
 
 
 def mean_of(losses):

@@ -1,4 +1,4 @@
-"""The tables and pictures of bench.py, from the contents of result files.
+"""The tables of bench.py, from the contents of result files.
 
 Most functions take models = {model: {task: what measure.py returned}}.
 """
@@ -8,11 +8,12 @@ PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))
 
 
 def merged(runs):
-    """The results of several seeds as one: the mean of each number, and of an accuracy also `each`. Of lists, the first
-    entries that all seeds have."""
+    """The results of several seeds as one: the mean of each number, of an accuracy also `each`, and by_book of each
+    seed. Of lists, the first entries that all seeds have."""
     one = runs[0]
     if isinstance(one, dict):
         each = dict(each=[r["accuracy"] for r in runs]) if "accuracy" in one else {}
+        each.update({k: [r[k] for r in runs] for k in ("by_book",) if k in one})
         return {**{k: merged([r[k] for r in runs]) for k in one if all(k in r for r in runs)}, **each}
     if isinstance(one, list):
         return [merged(same) for same in zip(*runs)]
@@ -38,12 +39,20 @@ def head(results, command):
 
 
 def interval(ours, theirs, draws=2000):
-    """The difference of two losses in nats a token and its 95% interval over books: the same books are drawn again and
-    again, with replacement. ours and theirs: [nats, tokens] of each book."""
-    (x, n), (y, _) = np.transpose(ours), np.transpose(theirs)
-    i = np.random.default_rng(0).integers(len(n), size=(draws, len(n)))                # (draws, books)
-    low, high = np.percentile((x - y)[i].sum(1) / np.maximum(n[i].sum(1), 1), [2.5, 97.5])
-    return (x - y).sum() / n.sum(), low, high
+    """The difference of two losses in nats and its 95% interval over books and seeds: the same books, and the seeds of
+    both models, are drawn again and again, with replacement. ours and theirs: [nats, scored] of each book, for each
+    seed."""
+    (x, n), (y, _), rng = np.moveaxis(ours, 2, 0), np.moveaxis(theirs, 2, 0), np.random.default_rng(0)
+    books = rng.integers(n.shape[1], size=(draws, n.shape[1]))
+    draw = lambda nats: np.take_along_axis(nats[rng.integers(len(nats), size=(draws, len(nats)))].mean(1), books, 1)
+    low, high = np.percentile((draw(x) - draw(y)).sum(1) / np.maximum(n[0][books].sum(1), 1), [2.5, 97.5])
+    return (x.mean(0) - y.mean(0)).sum() / n[0].sum(), low, high
+
+
+def difference(ours, theirs, digits=3):
+    """The loss of one part of the books minus another model's, with its interval; ~ where that holds 0."""
+    mean, low, high = interval(ours["by_book"], theirs["by_book"])
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} {high:+.{digits}f}){'~' if low <= 0 <= high else ' '}"
 
 
 def table(head, rows):
@@ -134,11 +143,6 @@ def books_tables(models):
     parts = lambda r: [r["all"], *r["by_position"]]
     heads = lambda r: ["all", *map(range_of, r["by_position"])]
 
-    def minus_base(r):
-        for ours, theirs in zip(parts(r), parts(results[base])):
-            mean, low, high = interval(ours["by_book"], theirs["by_book"])
-            yield f"{mean:+.3f} ({low:+.3f} {high:+.3f}){'~' if low <= 0 <= high else ' '}"
-
     count = results[base]["books"]
     found = by_model(f"Held-out books ({count}): size, and loss in three units", results,
                      lambda r: ["parameters", f"to {base}'s", "state", "nats/token", "bits/byte", "word perplexity"],
@@ -148,12 +152,22 @@ def books_tables(models):
                       lambda r: [f"{part['loss']:.3f}" for part in parts(r)])
     if count > 1:
         others = {name: r for name, r in results.items() if name != base}
-        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books; ~ where it holds 0)",
-                          others, heads, lambda r: list(minus_base(r)))
+        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books and seeds; ~ where it holds 0)",
+                          others, heads, lambda r: list(map(difference, parts(r), parts(results[base]))))
     for key, title in dict(empty="when the memory is empty", another="with another book's memory").items():
         found += by_model(f"Loss increase {title}, by position in the book",
                           {name: r for name, r in results.items() if key in r["all"]}, heads,
                           lambda r: [f"{part[key]:.3f}" for part in parts(r)])
+    words = {name: r for name, r in results.items() if r.get("words")}
+    if words:
+        base = base if base in words else next(iter(words))
+        found += by_model(
+            f"Words that are rare in the training books: {base}'s loss in nats a word, and the other models' minus "
+            f"{base}'s, by the tokens since the word was last seen (95% interval over books and seeds; last line: "
+            "words)", words, lambda r: ["first time", *map(range_of, r["words"][1:])],
+            lambda r: [f"{x['loss']:.2f}" for x in r["words"]] if r is words[base] else
+            [difference(x, y, 2) for x, y in zip(r["words"], words[base]["words"])],
+            lambda r: [f"{x['words']:,.0f}" for x in r["words"]])
     found += by_model("Loss by position in the segment", results,
                       lambda r: [f"{x['start']}-{x['end'] - 1}" for x in r["in_segment"]],
                       lambda r: [f"{x['loss']:.3f}" for x in r["in_segment"]])
@@ -295,38 +309,3 @@ def claims_table(models):
             text, holds = found
             rows.append([paper, says, text, "holds" if holds else "does not hold here"])
     return [f"What the papers say:\n\n{table(['paper', 'says', 'found here', ''], rows)}"] if rows else []
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-def draw(models, tasks, folder):
-    """books.svg, the loss minus that of the first model by position in the book, and a picture for each task. Returns
-    the names of the files."""
-    import matplotlib
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-    names = []
-    for task in ("books", *tasks):
-        results = results_of(models, task)
-        if not results:
-            continue
-        figure, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
-        axes.set_prop_cycle(color=pyplot.cm.tab20.colors)
-        first = next(iter(results))
-        for name, r in results.items():
-            if task == "books":
-                x = [part["end"] for part in r["by_position"]]
-                y = [part["loss"] - base["loss"] for part, base in zip(r["by_position"], results[first]["by_position"])]
-                axes.set(xlabel="position in the book, tokens", ylabel=f"loss minus {first}'s", xscale="log")
-            else:
-                x, y = [part.get("start", part["length"]) for part in r], [part["accuracy"] for part in r]
-                far = "tokens back to the answer" if "start" in r[0] else "tokens in the text"
-                axes.set(xlabel=far, ylabel="accuracy", ylim=(0, 1.02), xscale="log" if max(x) > 1000 else "linear")
-            axes.plot(x, y, marker=".", label=name)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(f"{folder}/{task}.svg")
-        pyplot.close(figure)
-        names.append(f"{task}.svg")
-    return names

@@ -66,10 +66,11 @@ SMALL, NARROW = dict(layers=2, heads=2, width=64), dict(layers=2, heads=2, width
 SLOW = dict(full=8192)   # the time of full attention grows with the square of the text
 
 
-def recall(pairs, S, batch, steps, texts):
-    """Texts of 8 segments of S tokens, in training and in the test. The columns end where segments do."""
-    return Task(f"by tokens back to the answer: {pairs} pairs, texts of 8 segments of {S} tokens",
-                dict(SMALL, data=f"recall:pairs={pairs}", batch=batch, segments=8, seg=S, steps=steps),
+def recall(pairs, S, batch, steps, texts, more=""):
+    """Texts of 8 segments of S tokens, in training and in the test. The columns end where segments do. `more` are
+    settings of the training texts."""
+    return Task(f"by tokens back to the answer: {pairs} pairs, texts of 8 segments of {S} tokens, {steps} steps",
+                dict(SMALL, data=f"recall:pairs={pairs}{more}", batch=batch, segments=8, seg=S, steps=steps),
                 {8 * S: f"recall:pairs={pairs}:asks=3"}, texts, edges=tuple(range(0, 8 * S + 1, S)))
 
 
@@ -86,6 +87,7 @@ def and_controls(gca):
 TASKS = dict(
     recall=recall(8, S=64, batch=8, steps=80, texts=128),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
+    recall8=recall(8, S=32, batch=32, steps=400, texts=256, more=":mixed=yes"),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     delayed=Task(
         "by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; trained on "

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import bench
 import nanomem
 import train
-from nanomem import checkpoint, data, jobs, measure, suites, tasks
+from nanomem import checkpoint, data, jobs, measure, pictures, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job
 
@@ -288,7 +289,14 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(suites.TASKS, "recall", TINY)
     bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
-    assert all("<svg" in (tmp_path / f"{task}.svg").read_text() for task in ("books", "recall"))
+    drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in ("books", "memory", "recall")}
+    assert all(">rmt<" in text for text in drawn.values()) and "tokens back to the answer" in drawn["recall"]
+
+
+def test_labels_that_would_overlap_are_moved_apart_and_no_others():
+    moved = pictures.apart([5.0, 1.0, 1.1, 1.2], 0.5)
+    assert moved[0] == 5.0 and (abs(np.diff(sorted(moved))) > 0.499).all() and moved[1] < moved[2] < moved[3]
+    assert abs(moved[1:].mean() - 1.1) < 1e-6
 
 
 def test_a_terminal_that_knows_ascii_only_gets_a_report_too(tmp_path, shards):

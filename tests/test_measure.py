@@ -90,6 +90,29 @@ def test_no_model_is_scored_where_one_has_seen_the_target(books):
         assert (np.isnan(x) == (np.arange(len(x)) % 16 < 7)).all()
 
 
+@pytest.mark.parametrize("name", ["bytes", "gpt2-4k"])
+def test_rare_words_are_found_with_the_place_where_they_were_last(name):
+    enc = data.tokenizer(name)
+    plain = data.from_texts(enc, [("plain", "the whale and the sea " * 9)])
+    book = data.from_texts(enc, [("one", "the Queequeg, and\nthe sea: Queequeg! Daggoo"), ("two", "Queequeg")])
+    one, two = measure.rare_words(book, measure.count_words(plain))
+    text = lambda i, word: enc.decode(book.tokens[i][1 + word[0]:1 + word[1]].tolist()).strip()
+    assert [text(0, w) for w in one] == ["Queequeg", "Queequeg", "Daggoo"] and text(1, two[0]) == "Queequeg"
+    assert one[:, 2].tolist() == [0, one[1, 0] - one[0, 0], 0] and two[0, 2] == 0     # another book says nothing
+    losses = [np.arange(len(tokens) - 1.0) for tokens in book.tokens]                 # a token costs its place
+    found = measure.loss_of_words(dict(loss=losses, empty=[x + 1 for x in losses]), [one, two], (1, 1000))
+    sums = [sum(range(*word[:2])) for word in (*one, *two)]
+    assert [x["words"] for x in found] == [3, 1]
+    assert found[1]["loss"] == sums[1] and found[0]["loss"] == pytest.approx((sums[0] + sums[2] + sums[3]) / 3)
+    assert found[0]["by_book"] == [[sums[0] + sums[2], 2], [sums[3], 1]]
+    assert found[1]["empty"] == one[1, 1] - one[1, 0]                                 # one nat more for each token
+
+
+def test_rare_words_may_not_be_rare_in_training(books):
+    found = by_position(tiny("gpt", vocab=320), books, training=books)
+    assert found["words"] == [] and by_position(tiny("gpt", vocab=320), books)["words"] == []
+
+
 def test_a_passage_helps_as_long_as_it_can_be_seen(books):
     """gpt sees no earlier segment; two layers of a window that is a segment long see two of them, and no further."""
     gains = {name: [x["gain"] for x in measure.passage(tiny(name, vocab=320, seg=16), books, 8, (0, 1, 2, 4))]

@@ -6,10 +6,17 @@ from nanomem import report
 
 def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
     theirs = [[10.0 * n, n] for n in (5, 7, 100)]
-    mean, low, high = report.interval([[nats - n / 2, n] for nats, n in theirs], theirs)
+    mean, low, high = report.interval([[[nats - n / 2, n] for nats, n in theirs]], [theirs])
     assert mean == low == high == -0.5
-    mean, low, high = report.interval([[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))], theirs)
+    mean, low, high = report.interval([[[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))]], [theirs])
     assert low < mean < high and abs(mean - 3 / 112) < 1e-12
+
+
+def test_an_interval_is_as_wide_as_the_seeds_differ():
+    books = lambda loss: [[loss * n, n] for n in (50, 100)]
+    assert report.interval([books(1.0)] * 3, [books(2.0)])[1:] == (-1.0, -1.0)
+    mean, low, high = report.interval([books(1.0), books(1.5)], [books(2.0), books(2.0)])
+    assert (mean, low, high) == (-0.75, -1.0, -0.5)
 
 
 def result(task, model, seed, measured, **more):
@@ -41,10 +48,11 @@ def books(loss, per_book=(0, 0), **more):
     def part(start, end):
         n = end - start
         return dict(start=start, end=end, tokens=2 * n, loss=loss, bits_per_byte=2.0, word_perplexity=9.0, empty=0.125,
-                    another=0.5, by_book=[[n * (loss + x), n] for x in per_book])
+                    another=0.5, by_book=[[[n * (loss + x), n] for x in per_book]])
     return dict(books=2, interleave=1, parameters=1000, state_bytes=2048, all=part(0, 300),
                 by_position=[part(0, 256), part(256, 300)], in_segment=[dict(start=0, end=1, loss=loss)],
-                search={}, **more)
+                words=[dict(start=n, end=n + 1, words=70, loss=20 * loss, by_book=[[[20 * loss * 35, 35]] * 2])
+                       for n in (0, 1)], search={}, **more)
 
 
 def cost():
@@ -120,7 +128,7 @@ def test_a_search_beats_the_newest_memory_on_interleaved_books_or_not():
     for r in models.values():
         r["books"]["interleave"] = 2
     assert "-0.500 nats (-0.500 to -0.500)" in claims(models) and "does not hold" not in claims(models)
-    models["hmt"]["books"]["all"]["by_book"] = [[300 * 6.0, 300], [300 * 4.0, 300]]
+    models["hmt"]["books"]["all"]["by_book"] = [[[300 * 6.0, 300], [300 * 4.0, 300]]]
     assert "does not hold" in claims(models)
 
 

@@ -1,0 +1,176 @@
+"""The pictures of bench.py, as SVG files, from what was measured. They are read on white and on black paper."""
+import contextlib
+
+import numpy as np
+
+from .report import column_of, interval, range_of, results_of
+
+INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
+MOST_LINES = len(COLORS)
+
+
+@contextlib.contextmanager
+def figure(path, width, height, columns=1):
+    """Axes to draw on. Saved to the path afterwards."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with pyplot.rc_context({**grey, "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "nanomem",
+                            "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
+                            "axes.titlesize": 11, "axes.facecolor": "none"}):
+        fig, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
+        yield axes
+        fig.savefig(path, transparent=True, metadata=dict(Date=None))
+        pyplot.close(fig)
+
+
+def heat_map(path, title, models, columns, values, label, xlabel, log=False, ends=None):
+    """A cell for each model and column. values: {model: a number for each column, None where there is none}; label
+    makes a number the text of its cell. The colours are even in the values, or in their logarithms, from the lowest to
+    the highest or between the `ends`."""
+    grid = np.array([[np.nan if v is None else v for v in values[model]] for model in models], float)
+    with np.errstate(divide="ignore"):
+        shade = np.where(grid > 0, np.log10(grid), np.nan) if log else grid
+    low, high = ends or (np.nanmin(shade, initial=np.inf), np.nanmax(shade, initial=-np.inf))
+    with figure(path, 1.7 + 0.62 * len(columns), 1.1 + 0.27 * len(models)) as axes:
+        axes.imshow(shade, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+        for (i, j), v in np.ndenumerate(grid):
+            if np.isfinite(v):
+                dark = not np.isfinite(shade[i, j]) or shade[i, j] < (low + high) / 2
+                on = INK if not np.isfinite(shade[i, j]) else "white" if dark else "black"
+                axes.text(j, i, label(v), ha="center", va="center", color=on, fontsize=9)
+        axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(models)), yticklabels=models,
+                 xlabel=xlabel)
+        axes.set_title(title, pad=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+
+
+def apart(places, gap):
+    """The places, moved so that each is at least `gap` from the next: for labels that would overlap."""
+    order, moved = np.argsort(places), np.array(places, float)
+    for _ in range(200):
+        for i, j in zip(order, order[1:]):
+            missing = gap - (moved[j] - moved[i])
+            if missing > 1e-9:
+                moved[i] -= missing / 2
+                moved[j] += missing / 2
+    return moved
+
+
+def lines(path, title, columns, series, xlabel, ylabel):
+    """A line for each of {name: [(value, low, high) for each column]}, with its interval shaded and its name at its
+    end; 0 is drawn too."""
+    with figure(path, 8.6, 4.2) as axes:
+        x, ends = np.arange(len(columns)), [s[-1][0] for s in series.values()]
+        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        every = np.array([s for s in series.values()])
+        span = max(every.max(), 0) - min(every.min(), 0)
+        for (name, s), color, place in zip(series.items(), COLORS, apart(ends, 0.06 * span)):
+            value, low, high = np.transpose(s)
+            axes.plot(x, value, color=color, linewidth=2, marker="o", markersize=4)
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.text(x[-1] + 0.12, place, name, color=color, va="center")
+        axes.set(xticks=x, xticklabels=columns, xlim=(-0.2, len(x) - 0.3), xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, pad=8)
+
+
+def points(axes, title, places, xlabel, ylabel):
+    """A labelled point for each of {name: (bytes, value)}."""
+    names, xy = list(places), np.array(list(places.values()), float)
+    axes.set_xscale("symlog", base=2, linthresh=2 ** 10)
+    axes.scatter(xy[:, 0], xy[:, 1], color=COLORS[0], s=18)
+    gap = 0.045 * max(np.ptp(xy[:, 1]), 1e-9)
+    label_y = xy[:, 1].copy()
+    for i in range(len(names)):                     # only labels that lie beside each other are moved apart
+        near = [j for j in range(len(names)) if abs(np.log2(xy[j, 0] + 1024) - np.log2(xy[i, 0] + 1024)) < 1.5]
+        label_y[i] = apart(xy[near, 1], gap)[near.index(i)]
+    for name, (x, _), y in zip(names, xy, label_y):
+        axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    ticks = [0, *(2 ** i for i in range(10, 25, 2) if 2 ** i <= 4 * xy[:, 0].max())]
+    axes.set_xticks(ticks, ["0", *(f"{t // 1024} KB" if t < 2 ** 20 else f"{t // 2 ** 20} MB" for t in ticks[1:])])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, pad=8)
+
+
+def bars(path, title, values, label, xlabel):
+    """A bar for each of {name: value}, with its value at its end."""
+    with figure(path, 8.6, 1.0 + 0.24 * len(values)) as axes:
+        y = np.arange(len(values))[::-1]
+        axes.barh(y, list(values.values()), color=COLORS[0], height=0.7)
+        for place, v in zip(y, values.values()):
+            axes.text(v, place, " " + label(v), va="center", fontsize=9)
+        axes.set(yticks=y, yticklabels=list(values), xlabel=xlabel, ylim=(-0.6, len(values) - 0.4))
+        axes.set_title(title, pad=8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What bench.py draws, from models = {model: {task: what was measured, merged over seeds}}
+
+def accuracy_map(models, task, path):
+    """How much of a task each model answers, by distance or by length."""
+    results = results_of(models, task)
+    columns = [column_of(part) for part in max(results.values(), key=len)]
+    values = {}
+    for name, r in results.items():
+        found = {column_of(part): part["accuracy"] for part in r}
+        values[name] = [found.get(column) for column in columns]
+    far = "tokens back to the answer" if "start" in next(iter(results.values()))[0] else "tokens in the text"
+    heat_map(path, f"{task}: right answers, %", list(results), columns, values, lambda v: f"{100 * v:.0f}", far,
+             ends=(0, 1))
+
+
+def books_lines(models, path):
+    """Loss minus gpt's by position, of the models that are best in the end; None without gpt's."""
+    results = results_of(models, "books")
+    base = results.pop("gpt", None)
+    if base is None or not results:
+        return None
+    best = sorted(results, key=lambda name: results[name]["all"]["loss"])[:MOST_LINES]
+    series = {name: [interval(ours["by_book"], theirs["by_book"])
+                     for ours, theirs in zip(results[name]["by_position"], base["by_position"])] for name in best}
+    which = "" if len(best) == len(results) else f", the best {len(best)} of {len(results)} models"
+    lines(path, f"Held-out books: loss minus gpt's{which} (shaded: 95% over books and seeds)",
+          [range_of(part) for part in base["by_position"]], series, "position in the book, tokens", "nats a token")
+    return path
+
+
+def against_bytes(models, path):
+    """What a memory is worth against its size: far recall and the gain on books, of the models that have both."""
+    both = {name: r for name, r in models.items() if r.get("recall") and r.get("books")}
+    if len(both) < 2 or "gpt" not in both:
+        return None
+    gpt = both["gpt"]["books"]["all"]["loss"]
+    size = {name: r["books"]["state_bytes"] for name, r in both.items()}
+    with figure(path, 9.6, 4.4, columns=2) as (left, right):
+        points(left, "recall beyond the first segment, mean, %",
+               {name: (size[name], 100 * np.mean([part["accuracy"] for part in r["recall"][1:]]))
+                for name, r in both.items()}, "bytes of state for one text", "right answers, %")
+        points(right, "books: gain over gpt", {name: (size[name], gpt - r["books"]["all"]["loss"])
+                                               for name, r in both.items()}, "bytes of state for one text",
+               "nats a token")
+    return path
+
+
+def reading_bars(models, path):
+    """The time to read a million tokens, at the speed that was measured after the longest text."""
+    last = {name: r["reading"][-1] for name, r in results_of(models, "cost").items()}
+    after = next(iter(last.values()))["after"]
+    bars(path, f"Seconds to read a million tokens, one text, at the speed after {after:,}",
+         {name: 1000 * x["read_ms"] for name, x in last.items()}, lambda v: f"{v:.0f}", "seconds")
+
+
+def draw(models, tasks, folder):
+    """A picture of each kind for which there are results. Returns the names of the files."""
+    names = []
+    for task in tasks:
+        if results_of(models, task):
+            accuracy_map(models, task, f"{folder}/{task}.svg")
+            names.append(f"{task}.svg")
+    names += [f"{name}.svg" for name, made in (("books", books_lines), ("memory", against_bytes))
+              if made(models, f"{folder}/{name}.svg")]
+    if results_of(models, "cost"):
+        reading_bars(models, f"{folder}/cost.svg")
+        names.append("cost.svg")
+    return names
