@@ -39,14 +39,17 @@ def head(results, command):
 
 
 def interval(ours, theirs, draws=2000):
-    """The difference of two losses in nats and its 95% interval over books and seeds: the same books, and the seeds of
-    both models, are drawn again and again, with replacement. ours and theirs: [nats, scored] of each book, for each
+    """The difference of two losses in nats and its 95% interval over books and seeds: books, and the seeds that both
+    models have, are drawn again and again, with replacement. Both models read the same books, with the same seed in the
+    same order, so it is their differences that are drawn. ours and theirs: [nats, scored] of each book, for each
     seed."""
-    (x, n), (y, _), rng = np.moveaxis(ours, 2, 0), np.moveaxis(theirs, 2, 0), np.random.default_rng(0)
-    books = rng.integers(n.shape[1], size=(draws, n.shape[1]))
-    draw = lambda nats: np.take_along_axis(nats[rng.integers(len(nats), size=(draws, len(nats)))].mean(1), books, 1)
-    low, high = np.percentile((draw(x) - draw(y)).sum(1) / np.maximum(n[0][books].sum(1), 1), [2.5, 97.5])
-    return (x.mean(0) - y.mean(0)).sum() / n[0].sum(), low, high
+    seeds, rng = min(len(ours), len(theirs)), np.random.default_rng(0)
+    (x, n), (y, _) = (np.moveaxis(np.array(z[:seeds], float), 2, 0) for z in (ours, theirs))        # (seeds, books)
+    more, n = x - y, n[0]
+    books, chosen = rng.integers(len(n), size=(draws, len(n))), rng.integers(seeds, size=(draws, seeds))
+    drawn = np.take_along_axis(more[chosen].mean(1), books, 1).sum(1) / np.maximum(n[books].sum(1), 1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return more.mean(0).sum() / n.sum(), low, high
 
 
 def difference(ours, theirs, digits=3):
