@@ -1,7 +1,6 @@
 """What bench.py measures. Each function takes a model and returns plain numbers, in lists and dicts.
 
-No model is known here by name. Two methods of a model are optional: for_length(T), which bench.py asks, and
-retrieved(cache), which `accuracy` asks.
+No model is known here by name.
 """
 import copy
 import math
@@ -201,17 +200,17 @@ def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
 def answer(model, batch):
     """Run over whole texts -> correct (B, T): the likeliest token is the target; and for a model that retrieves, hits
     (B, T): one of the spans of text that the token retrieved holds the position of its answer; else None."""
-    retrieves = hasattr(model, "retrieved")
     state, correct, hits = model.init_state(len(batch.x)), [], []
     places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the answers
     for (x, y), place in zip(stream.segments(model, batch.x, batch.y), places.split(model.c.seg, 1)):
         logits, cache = model.extend(x, model.read(state))
         state = model.write(cache, state)
         correct.append(logits.argmax(-1) == y)
-        if retrieves:
-            start, end = model.retrieved(cache).unbind(-1)                             # (B, S, n); -1 where none
+        found = model.retrieved(cache)
+        if found:
+            start, end = found[0].unbind(-1)                                           # (B, S, n); -1 where none
             hits.append(((start <= place) & (place < end)).any(-1))
-    return torch.cat(correct, 1), torch.cat(hits, 1) if retrieves else None
+    return torch.cat(correct, 1), torch.cat(hits, 1) if hits else None
 
 
 def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):

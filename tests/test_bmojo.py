@@ -332,3 +332,21 @@ def test_an_eidetic_memory_recalls_what_a_state_space_has_not_learned_yet(tmp_pa
             right, total = right + hit[scored].sum().item(), total + scored.sum().item()
         found[name] = right / total
     assert found["mamba"] < 0.5 and found["bmojo"] > 0.95, found
+
+
+@torch.no_grad()
+def test_the_cache_says_which_eidetic_tokens_each_token_could_see():
+    """Those of the state at the last border of a chunk, if they have left the window: so cut after every chunk."""
+    model, tokens, W = tiny("bmojo", eidetic=3).eval(), text(B=2), tiny("bmojo").c.W
+    state = run(model, tokens[:, :S])[1]
+    cache, expected = model.read(state), []
+    for part in tokens[:, S:2 * S].split(W, 1):
+        for t in range(int(cache[0][0]), int(cache[0][0]) + W):
+            kept = [p for memory in cache[1] for p, eps in zip(memory["position"][0].tolist(),
+                                                               memory["innovation"][0].tolist()) if eps >= 0]
+            expected.append(sorted((p, p + 1) for p in kept if p <= t - W))
+        cache = model.extend(part, cache)[1]
+    spans, weights = model.retrieved(model.extend(tokens[:, S:2 * S], model.read(state))[1])
+    assert spans.shape == (2, S, 2 * 3, 2) and weights.isnan().all() and torch.equal(spans, model.retrieved(cache)[0])
+    found = [sorted((a, b) for a, b in spans[0, t].tolist() if a >= 0) for t in range(S)]
+    assert found == expected and all(found)

@@ -275,8 +275,9 @@ def test_the_cache_says_which_spans_of_the_text_each_token_looked_at(k):
     cache = model.read(state)
     for part in tokens[:, S:2 * S].split([5, 20, 7], 1):
         cache = model.extend(part, cache)[1]
-    spans = model.retrieved(cache)
-    assert spans.shape == (3, S, k, 2)
+    spans, weights = model.retrieved(cache)
+    assert spans.shape == (3, S, k, 2) and close(weights.sum(2), torch.ones(3, S))
+    assert torch.equal(weights > 0, spans[..., 0] >= 0)
     for t in range(S):
         chunk = (S + t) // M
         expected = [(e * M, e * M + M) for e in range(chunk - 2, chunk - 2 - k, -1) if e >= 0]

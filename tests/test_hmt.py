@@ -142,7 +142,7 @@ def test_the_published_query_refuses_to_stream():
 def test_the_oldest_memory_leaves_the_bank(query):
     model, tokens = tiny("hmt", query=query, bank=2), text(K=5)
     found = states(model, tokens)
-    assert [s["n"].tolist() for s in found] == [[i, i] for i in (0, 1, 2, 2, 2, 2)]
+    assert [s["n"].tolist() for s in found] == [[i, i] for i in range(6)]
     for older, newer in zip(found, found[1:]):
         assert torch.equal(newer["bank"][:, 0], older["bank"][:, 1])
         assert not close(newer["bank"][:, 1], older["bank"][:, 1])
@@ -154,7 +154,7 @@ def test_the_order_of_the_bank_says_nothing_to_the_search(query):
     model, x = tiny("hmt", query=query, bank=7), text(K=1)
     state, order = full(model), torch.randperm(7)
     shuffled = dict(state, bank=state["bank"][:, order])
-    assert close(model.recall(state, x), model.recall(shuffled, x), 1e-5)
+    assert close(*(model.recall(s, model.weights(s, x)) for s in (state, shuffled)), 1e-5)
     assert close(model.weights(state, x)[:, :, order], model.weights(shuffled, x), 1e-5)
 
 
@@ -163,7 +163,8 @@ def test_the_order_of_the_bank_says_nothing_to_the_search(query):
 def test_what_is_found_lies_between_the_memories_it_is_mixed_of(query):
     model, x = plain_gain(tiny("hmt", query=query, bank=7)), text(K=1)
     state = full(model)
-    w, P = model.weights(state, x), model.recall(state, x)
+    w = model.weights(state, x)
+    P = model.recall(state, w)
     assert (w >= 0).all() and torch.allclose(w.sum(-1), torch.ones(2, model.c.M), atol=1e-6)
     low, high = state["bank"].amin(1), state["bank"].amax(1)
     assert (P >= low - 1e-6).all() and (P <= high + 1e-6).all()
@@ -175,15 +176,15 @@ def test_the_search_is_an_argmax_at_one_end_and_a_mean_at_the_other():
     state = full(model)
     w = model.weights(state)
     same = dict(state, bank=state["bank"][:, :1].expand(-1, 7, -1, -1))
-    assert close(model.recall(same), same["bank"][:, 0], 1e-5)        # nothing to choose: any query finds it
+    assert close(model.recall(same, model.weights(same)), same["bank"][:, 0], 1e-5)    # nothing to choose: any finds it
     model.query.weight *= 1e4
     assert torch.equal(model.weights(state), F.one_hot(w.argmax(-1), 7).float())
     model.query.weight.zero_()
     uniform = plain_gain(tiny("hmt", bank=7, search="uniform"))
-    for mean in (model.recall(state), uniform.recall(state)):
+    for mean in (m.recall(state, m.weights(state)) for m in (model, uniform)):
         assert close(mean, state["bank"].mean(1), 1e-5)
     half = dict(state, n=state["n"] * 0 + 3)                         # only what is filled
-    assert close(uniform.recall(half), state["bank"][:, -3:].mean(1), 1e-5)
+    assert close(uniform.recall(half, uniform.weights(half)), state["bank"][:, -3:].mean(1), 1e-5)
 
 
 @torch.no_grad()
@@ -288,3 +289,19 @@ def test_pure_noise_cannot_be_predicted_but_by_looking(query):
     loss = torch.stack(losses[50:]).mean(0)
     assert (loss[model.scored()] > math.log(4) - 0.01).all()
     assert query != "paper" or (loss[~model.scored()] < math.log(4) - 0.1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("query", ["prev", "split"])
+def test_the_cache_says_which_segments_were_mixed_and_how_much_of_each(query):
+    model, tokens = tiny("hmt", query=query, bank=3), text(K=6)
+    state, first = model.init_state(2), S // 2 if query == "split" else 0
+    for k, x in enumerate(tokens.split(S, 1)):
+        cache = model.extend(x, model.read(state))[1]
+        spans, weights = model.retrieved(cache)
+        segments = [(i * S, i * S + S) if i >= 0 else (-1, -1) for i in range(k - 3, k)]
+        assert [tuple(span) for span in spans[1, S - 1].tolist()] == segments
+        expected = model.weights(state, x).mean(1) * (torch.arange(k - 3, k) >= 0)
+        assert close(weights[:, first:], expected[:, None].expand(-1, S - first, -1))
+        assert (spans[:, :first] == -1).all() and (weights[:, :first] == 0).all()
+        state = model.write(cache, state)

@@ -92,12 +92,12 @@ def test_each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_ba
     model, k, D = landmark(topk=3, bank=10), 3, 16
     cache = model.read(memory(model, n))[0]
     q = torch.randn(2, 2, 6, D)
-    far, v = model.blocks[0].attention.retrieve(q, cache)                      # 18 picks: the whole bank
+    far, v, picks = model.blocks[0].attention.retrieve(q, cache)               # 18 picks: the whole bank
     assert far.shape == (2, 2, 6, 10 * L) and v.shape == (2, 2, 10 * L, D)
     weight = far.exp().unflatten(3, (10, L))
     kept = min(n, 10)
     for t in range(6):
-        few, own = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)     # 3 picks: they are fetched
+        few, own, same = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)     # 3 picks: they are fetched
         assert few.shape == (2, 2, 1, k * L) and own.shape == (2, 2, 1, k * L, D)
         answer = torch.einsum("bhtp,bhtpd->bhtd", few.exp(), own)[:, :, 0]
         assert close(answer, far[:, :, t:t + 1].exp().matmul(v)[:, :, 0], 1e-5)
@@ -107,6 +107,8 @@ def test_each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_ba
                 best = sorted(range(10 - kept, 10), key=lambda m: -score[m])[:k]
                 total = torch.zeros(10).index_put((torch.tensor(best, dtype=torch.long),), score[best].exp())
                 assert close(weight[b, h, t].sum(1), total, 1e-5)
+                for found in picks[b, h, t], same[b, h, 0]:
+                    assert sorted(found[found >= 0].tolist()) == sorted(best)
 
 
 @torch.no_grad()
@@ -176,3 +178,23 @@ def test_a_bank_can_grow_after_training_and_then_reaches_further_back():
 def test_settings_that_cannot_be_are_refused(fields, why):
     with pytest.raises(UserError, match=why):
         nanomem.build("landmark", **TINY, **fields)
+
+
+@torch.no_grad()
+def test_the_cache_says_which_blocks_each_token_looked_at_and_how_much():
+    """With room for all blocks of the past, all are looked at; their shares and what stays in the segment make 1."""
+    model, tokens = landmark(topk=N, bank=2 * N), text(B=2, K=2)
+    state = run(model, tokens[:, :S])[1]
+    cache = model.extend(tokens[:, S:], model.read(state))[1]
+    spans, share = model.retrieved(cache)
+    L_H = model.c.layers * model.c.heads
+    assert spans.shape == (2, S, L_H * N, 2) and share.shape == spans.shape[:3]
+    for t in (0, 5, S - 1):
+        assert sorted(map(tuple, spans[1, t].tolist())) == sorted([(m * L, m * L + L) for m in range(N)] * L_H)
+    assert (share > 0).all() and (share.sum(2) < 1).all()
+    one_by_one = model.read(state)
+    for part in tokens[:, S:].split([1, 2, S - 3], 1):
+        one_by_one = model.extend(part, one_by_one)[1]
+    for few, many in zip(model.retrieved(one_by_one), (spans, share)):
+        assert close(few.sort(2)[0], many.sort(2)[0])
+    assert (model.retrieved(model.extend(tokens[:, :S], model.read(model.init_state(2)))[1])[0] == -1).all()

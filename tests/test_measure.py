@@ -150,7 +150,7 @@ class Copier(torch.nn.Module):
         return dict(n=state["n"] + self.c.seg)
 
     def retrieved(self, cache):
-        return cache[1]
+        return cache[1], torch.ones(cache[1].shape[:3])
 
     def scored(self):
         return torch.ones(8, dtype=torch.bool)

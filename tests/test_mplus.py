@@ -221,8 +221,8 @@ def test_the_best_are_found_and_come_oldest_first_however_they_are_stored():
         assert close(model(x, mixed)[0], model(x, state)[0])
         for l in range(model.c.layers):
             births, vectors = best(model, l, state["query"][0, l], state)
-            vectors_, real = model.find(l, state["query"][:, l], mixed)
-            assert births == sorted(births) and close(vectors_[real], torch.stack(vectors))
+            vectors_, birth = model.find(l, state["query"][:, l], mixed)
+            assert births == sorted(births) and close(vectors_[birth >= 0], torch.stack(vectors))
 
 
 @torch.no_grad()
@@ -400,3 +400,21 @@ def test_what_fell_out_of_the_pool_is_found_in_the_store(tmp_path):
     oracle.load_state_dict(model.state_dict())
     (near, far), guess, told = retained(model), retained(random), retained(oracle)
     assert near > 0.85 and far > 0.5 and guess[1] < 0.15 and told[1] > 0.9
+
+
+@torch.no_grad()
+def test_the_cache_says_of_which_tokens_the_found_vectors_were_made():
+    """The vectors of a write are made of the last K tokens of its segment, in order."""
+    model, tokens = small(), text(B=2, K=10, seed=9)
+    c, state = model.c, model.init_state(2)
+    for x in tokens.split(c.seg, 1):
+        cache = model.extend(x, model.read(state))[1]
+        state = model.write(cache, state)
+    spans, weights = model.retrieved(cache)
+    before = cache[0]
+    for l in range(c.layers):
+        births = best(model, l, before["query"][1, l], {k: v[1:] for k, v in before.items()})[0]
+        expected = [segment * c.seg + c.seg - c.K + i for segment, i in (divmod(n, c.K) for n in births)]
+        found = spans[1, 3, l * c.K0:(l + 1) * c.K0].tolist()
+        assert [a for a, _ in found if a >= 0] == expected and all(b == a + 1 for a, b in found if a >= 0)
+    assert births and weights.isnan().all() and weights.shape == spans.shape[:3] == (2, c.seg, c.layers * c.K0)

@@ -150,6 +150,9 @@ class Attention(gpt.Attention):
         """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
         the M largest innovations of those kept so far and those of the chunk."""
         W, window, memory = self.c.W, memory["window"], dict(memory)
+        if "seen" in memory:
+            kept = memory["position"][:, :self.M].masked_fill(memory["innovation"][:, :self.M] < 0, -1)
+            memory["seen"] = torch.cat([memory["seen"], kept[:, None]], 1)     # (B, chunks, M) for `retrieved`
         memory["window"] = window[:, W:]
         if self.fading:
             memory["fading"] = memory["fading"][:, W:]
@@ -230,7 +233,11 @@ class BMojo(Mamba):
         return dict(super().init_state(B), n=torch.zeros(B, dtype=torch.long, device=self.head.weight.device))
 
     def read(self, state):
-        return state["n"], super().read(state)
+        layers = super().read(state)
+        for memory in layers:
+            if "position" in memory:
+                memory["seen"] = memory["position"][:, None][:, :0]            # what the chunks of this segment saw
+        return state["n"], layers
 
     def extend(self, tokens, cache):
         n, layers = cache
@@ -242,6 +249,19 @@ class BMojo(Mamba):
             now.append(memory)
         return self.head(norm(x)), (n + T, now)                                # (B, T, V)
 
+    def retrieved(self, cache):
+        """For each token of a full segment the eidetic tokens that it could see in all layers, as spans of text of one
+        token (B, T, L M, 2), -1 for none. Their weights are not known: nan (B, T, L M)."""
+        n, layers = cache
+        seen = [memory["seen"] for memory in layers if "seen" in memory]
+        if not seen:
+            return None
+        p = torch.cat(seen, 2).repeat_interleave(self.c.W, 1)                  # (B, T, L M)
+        t = n[:, None, None] - torch.arange(p.size(1), 0, -1, device=n.device)[:, None]
+        p = torch.where(p <= t - self.c.W, p, -1)
+        return torch.stack([p, torch.where(p >= 0, p + 1, -1)], 3), torch.full(p.shape, torch.nan, device=n.device)
+
     def write(self, cache, state):
         n, layers = cache
+        layers = [{name: x for name, x in memory.items() if name != "seen"} for memory in layers]
         return dict(super().write(layers, state), n=n.clone())

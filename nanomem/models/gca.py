@@ -131,7 +131,8 @@ class GCA(GPT):
         near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W+1, D)
         return dict(state, near=near,
                     new_key=empty(B, 0, c.width), new_bank=empty(B, 0, c.heads, c.m, 2 * c.head_dim),
-                    open=empty(B, 0, c.width), found=[], picks=empty(B, 0, c.groups, c.topk).long())
+                    open=empty(B, 0, c.width), found=[],
+                    picks=empty(B, 0, c.groups, c.topk).long(), weights=empty(B, 0, c.groups, c.topk))
 
     def extend(self, tokens, cache):
         """Whole chunks go side by side. A chunk that is open, or that stays open, goes alone."""
@@ -182,7 +183,8 @@ class GCA(GPT):
             with_chunks = x + cross(by_chunk(norm(x)), *found[g][:2]).flatten(1, 2)
             x = (x if c.bypass else with_chunks) + block.mlp(norm(with_chunks))
         if c.topk and not cache["found"]:
-            cache["picks"] = torch.cat([cache["picks"], torch.stack([picks for *_, picks in found], 2)], 1)
+            for name, i in dict(weights=1, picks=2).items():                   # (B, n, G, k) both
+                cache[name] = torch.cat([cache[name], torch.stack([f[i].detach() for f in found], 2)], 1)
         if full:
             cache["ask"] = torch.stack(asks, 1).to(cache["ask"].dtype)
         cache.update(near=near, found=[] if full else found)
@@ -230,12 +232,13 @@ class GCA(GPT):
         return kv, w, ids.expand_as(seen).gather(2, top).where(real, -1)
 
     def retrieved(self, cache):
-        """First and one-past-last token of the text, (B, T, G k, 2), of each chunk that each token of this segment has
-        looked at, -1 for none."""
+        """For each token of this segment the chunks that it has looked at, as spans of text (B, T, G k, 2): first token
+        and one past the last, -1 for none; and their shares (B, T, G k), which add up to 1 for all groups together."""
         if not self.c.topk:
-            return torch.zeros(len(cache["n"]), self.c.seg, 0, 2, dtype=torch.long, device=cache["n"].device)
-        picks = cache["picks"].flatten(2).repeat_interleave(self.c.m, 1)       # (B, T, G k)
-        return torch.stack([picks * self.c.m, (picks + 1) * self.c.m], -1).where(picks[..., None] >= 0, -1)
+            return None
+        picks, w = (cache[name].flatten(2).repeat_interleave(self.c.m, 1) for name in ("picks", "weights"))
+        spans = torch.stack([picks * self.c.m, (picks + 1) * self.c.m], -1).where(picks[..., None] >= 0, -1)
+        return spans, w / self.c.groups
 
     def write(self, cache, state):
         c, near, new = self.c, cache["near"], cache["new_key"].size(1)

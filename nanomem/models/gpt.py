@@ -201,6 +201,12 @@ class GPT(nn.Module):
         """The fields to change so that the memory can hold a whole text of T tokens: none here."""
         return {}
 
+    def retrieved(self, cache):
+        """What each token of a full segment looked at in the text before, for models that choose places: spans (B, S, n,
+        2), first token and one past the last, counted from the start of the text, -1 for none; and weights (B, S, n),
+        the share of each, which together are at most 1, or nan where that is not known. None: nothing is chosen."""
+        return None
+
     def init_state(self, B):
         return {}
 

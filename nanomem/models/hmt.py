@@ -42,7 +42,7 @@ class HMT(GPT):
         P       = gain * sum of w bank                                                             eq. 3
         [. ; . ; h ; memory] = backbone([P ; sensory ; segment ; P]),  logits = head(h)            eq. 4-5
 
-    state    bank (B, N, M, C) memories, the newest last   n (B,) how many are filled
+    state    bank (B, N, M, C) memories, the newest last   n (B,) segments so far
              ids (B, k or S/2) the last tokens of the segment before, -1 at the start of a document
     read     P as M tokens in front. query=prev: the end of the segment before asks. query=split: the newest memory
              stands in front, then the first half asks, and P stands between the halves
@@ -104,8 +104,8 @@ class HMT(GPT):
         empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
         return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)                  # eq. 2
 
-    def recall(self, state, tokens=None):
-        return self.gain * torch.einsum("bmn,bnmc->bmc", self.weights(state, tokens), state["bank"])    # eq. 3
+    def recall(self, state, w):
+        return self.gain * torch.einsum("bmn,bnmc->bmc", w, state["bank"])    # eq. 3
 
     def newest(self, state):
         return self.gain * state["bank"][:, -1]                               # (B, M, C)
@@ -113,36 +113,48 @@ class HMT(GPT):
     def next_state(self, memory, tokens, state):
         bank = torch.cat([state["bank"][:, 1:], memory[:, None].to(state["bank"].dtype)], 1)
         tail = tokens[:, self.c.seg - self.c.tail:].clone()
-        return dict(bank=bank, n=(state["n"] + 1).clamp(max=self.c.bank), ids=tail)
+        return dict(bank=bank, n=state["n"] + 1, ids=tail)
 
     def read(self, state):
         assert self.c.query != "paper", "query=paper looks ahead and cannot stream: use prev or split"
-        split = self.c.query == "split"
-        P = self.newest(state) if split else self.recall(state)
+        w = None if self.c.query == "split" else self.weights(state)
+        P = self.newest(state) if w is None else self.recall(state, w)
         kv = self.backbone(torch.cat([P, self.sensory(state)], 1))[1]
-        return P, kv, state["ids"][:, :0], state if split else None           # the tokens so far, and what to search
+        return P, kv, state["ids"][:, :0], state, w                           # the tokens so far, and what was searched
 
     def extend(self, tokens, cache):
-        P, kv, seen, state = cache
+        P, kv, seen, state, w = cache
         before, seen = seen.size(1), torch.cat([seen, tokens], 1)
-        if state is None or seen.size(1) < self.c.j:
+        if w is not None or seen.size(1) < self.c.j:
             h, kv = self.backbone(self.embed(tokens), kv)
-            return self.head(h), (P, kv, seen, state)
+            return self.head(h), (P, kv, seen, state, w)
         first, second = self.embed(tokens).tensor_split([self.c.j - before], 1)    # the first half is complete: it asks
         h, kv = self.backbone(first, kv)
-        P = self.recall(state, seen)
+        w = self.weights(state, seen)
+        P = self.recall(state, w)
         h2, kv = self.backbone(torch.cat([P, second], 1), kv)
-        return self.head(torch.cat([h, h2[:, self.c.M:]], 1)), (P, kv, seen, None)
+        return self.head(torch.cat([h, h2[:, self.c.M:]], 1)), (P, kv, seen, state, w)
+
+    def retrieved(self, cache):
+        """For each token of a full segment the segments whose memories P mixes, as spans of text (B, S, N, 2), -1 where
+        there was none, and how much of each (B, S, N), mean over P. The first half of query=split has no P."""
+        c, state, w = self.c, cache[3], cache[4].mean(1)                      # (B, N)
+        segment = state["n"][:, None] - c.bank + torch.arange(c.bank, device=w.device)
+        spans = torch.stack([segment, segment + 1], 2) * c.seg
+        spans = torch.where(segment[..., None] >= 0, spans, -1)[:, None].expand(-1, c.seg, -1, -1).clone()
+        if c.query == "split":
+            spans[:, :c.j] = -1
+        return spans, w[:, None] * (spans[..., 0] >= 0)
 
     def write(self, cache, state):
-        P, kv, seen, _ = cache
+        P, kv, seen, *_ = cache
         return self.next_state(self.backbone(P, kv)[0], seen, state)
 
     def forward(self, tokens, state):
         """Read, extend and write in one pass."""
         c, S = self.c, tokens.size(1)
         assert S == c.seg, f"a segment is {c.seg} tokens, got {S}"
-        x, P, sensory = self.embed(tokens), self.recall(state, tokens), self.sensory(state)
+        x, P, sensory = self.embed(tokens), self.recall(state, self.weights(state, tokens)), self.sensory(state)
         if c.query == "split":
             first, second = x.tensor_split([c.j], 1)
             parts = [self.newest(state), sensory, first, P, second, P]

@@ -62,10 +62,15 @@ class Attention(gpt.Attention):
         with full_precision(x):                                                # close scores must not change places
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
             near, near_v = self.segment(q, cache, position)
-            far, far_v = self.retrieve(q, cache)
+            far, far_v, picks = self.retrieve(q, cache)
             w, far_w = torch.cat([near, far], 3).softmax(3).split([near.size(3), far.size(3)], 3)
             values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
             y = w @ near_v + torch.einsum(f"bhtp,{values}->bhtd", far_w, far_v)
+        share = far_w.detach().unflatten(3, (-1, self.c.l)).sum(4)             # of each block that was scored
+        if far_v.ndim == 4:
+            share = share.gather(3, picks.clamp(min=0))                        # (B, H, T+n, k)
+        for name, new in dict(picks=picks, share=share).items():
+            cache[name] = torch.cat([cache[name], new[:, :, :T]], 2)
         return self.out(merge_heads(y).type_as(x)), cache
 
     def segment(self, q, cache, position):
@@ -81,22 +86,24 @@ class Attention(gpt.Attention):
         return score.masked_fill(future, -torch.inf), v
 
     def retrieve(self, q, cache):
-        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query. Few queries
-        fetch their blocks. Many would fetch more than the whole bank: they see all of it, the other blocks masked."""
+        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query, and which
+        blocks these are (B, H, T+n, k), -1 for none. Few queries fetch their blocks. Many would fetch more than the
+        whole bank: they see all of it, the other blocks masked."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
         landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
+        picks = i.masked_fill(best == -torch.inf, -1)
         cos, sin = cache["place"]                                              # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
             k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
             score = torch.einsum("bhtd,bhtkld->bhtkl", q, k)
-            return grouped(score, landmark), v.flatten(3, 4)
+            return grouped(score, landmark), v.flatten(3, 4), picks
         k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
         k = rotate(k, (cos[:, None], sin[:, None]))
         score = torch.einsum("bhtd,bhmld->bhtml", q, k)
         landmark = torch.full_like(rank, -torch.inf).scatter(3, i, landmark)   # (B, H, T+n, M)
-        return grouped(score, landmark), v.flatten(2, 3)
+        return grouped(score, landmark), v.flatten(2, 3), picks
 
 
 class Landmark(GPT):
@@ -142,11 +149,12 @@ class Landmark(GPT):
         age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
         place = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
         tie = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
-        cache = []
+        cache, picks = [], age.new_zeros(len(tie), c.heads, 0, c.topk)
         for l in range(c.layers):
             old = rotate(state[f"{l}.landmark"], place)                        # (B, H, M, D)
             none = old[:, :, :0]
-            cache.append(dict(bank=state[f"{l}.bank"], old=old, place=place, tie=tie, k=none, v=none, mark=none))
+            cache.append(dict(bank=state[f"{l}.bank"], old=old, place=place, tie=tie, k=none, v=none, mark=none,
+                              n=state["n"], picks=picks, share=picks.float()))
         return cache
 
     def extend(self, tokens, cache):
@@ -164,6 +172,18 @@ class Landmark(GPT):
             x, layer = block(x, angles, layer, (T, position))
             layers.append(layer)
         return self.head(norm(x[:, :T])), layers                               # (B, T, V)
+
+    def retrieved(self, cache):
+        """For each token of this segment the blocks of the bank that it looked at in all layers and heads, as spans of
+        text (B, T, L H k, 2), -1 for none, and their shares (B, T, L H k) of the attention of all heads."""
+        c = self.c
+        if not c.topk:
+            return None
+        picks, share = (torch.cat([layer[name] for layer in cache], 1).transpose(1, 2).flatten(2)
+                        for name in ("picks", "share"))                        # (B, L H, T, k) -> (B, T, L H k)
+        block = cache[0]["n"][:, None, None] - c.M + picks
+        spans = torch.stack([block, block + 1], 3) * c.l
+        return torch.where(picks[..., None] >= 0, spans, -1), share / (c.layers * c.heads)
 
     def write(self, cache, state):
         c = self.c

@@ -88,21 +88,25 @@ class MPlus(MemoryLLM):
         vectors, filled = super().memory(l, x, state)
         if not self.c.M:
             return vectors, filled
-        query = state["query"][:, l]
-        if self.c.ask == "self":
-            assert x.size(1) >= self.c.m, f"ask=self searches with the first {self.c.m} tokens of a segment, so they " \
-                f"must come in one call, got {x.size(1)}: ask=lag or query=1 can write text"
-            query = self.f_q(x[:, :self.c.m].detach(), l)
-        found, good = self.find(l, query, state)
-        return torch.cat([found, vectors], 1), torch.cat([good, filled], 1)
+        found, birth = self.find(l, self.query(l, x, state), state)
+        return torch.cat([found, vectors], 1), torch.cat([birth >= 0, filled], 1)
+
+    def query(self, l, x, state):
+        """What searches layer l's store (B, m, r), x being the layer's inputs in this segment."""
+        if self.c.ask == "lag":
+            return state["query"][:, l]
+        assert x.size(1) >= self.c.m, f"ask=self searches with the first {self.c.m} tokens of a segment, so they " \
+            f"must come in one call, got {x.size(1)}: ask=lag or query=1 can write text"
+        return self.f_q(x[:, :self.c.m].detach(), l)
 
     def find(self, l, query, state):
-        """The K0 vectors of layer l's store that score best, oldest first (B, K0, C), and which are filled (B, K0)."""
+        """The K0 vectors of layer l's store that score best, oldest first (B, K0, C), and their births (B, K0), -1 for
+        none."""
         birth = state["store_birth"][:, l]
         best = self.score(l, query, state).masked_fill(birth < 0, -1).topk(self.c.K0)[1]
         birth, order = birth.gather(1, best).sort()
         best, store = best.gather(1, order), state["store"][:, l]
-        return store.take_along_dim(best[..., None].to(store.device), 1).to(birth.device), birth >= 0
+        return store.take_along_dim(best[..., None].to(store.device), 1).to(birth.device), birth
 
     def score(self, l, query, state):
         """s_j = mean over queries of sigmoid(<q_i, k_j>), for every vector j of layer l's store: (B, M)."""
@@ -110,6 +114,18 @@ class MPlus(MemoryLLM):
             return (state["store_birth"][:, l] * 7919 + state["step"][:, None] * 104_729) % 1009 / 1009
         key = state["store_key"][:, l]
         return (query @ key.mT).to(key.dtype).sigmoid().mean(1)
+
+    def retrieved(self, cache):
+        """For each token of this segment the tokens that the found vectors of all layers come from, as spans of text of
+        one token (B, T, L K0, 2), -1 for none. Their weights are not known: nan (B, T, L K0)."""
+        c, (state, tokens, layers) = self.c, cache
+        if not c.M:
+            return None
+        birth = torch.cat([self.find(l, self.query(l, x, state), state)[1] for l, (*_, x) in enumerate(layers)], 1)
+        start = birth // c.K * c.seg + c.seg - c.K + birth % c.K               # each write takes the last K tokens
+        spans = torch.stack([start, start + 1], 2).masked_fill(birth[..., None] < 0, -1)
+        spans = spans[:, None].expand(-1, tokens.size(1), -1, -1)
+        return spans, torch.full(spans.shape[:3], torch.nan, device=spans.device)
 
     # ---- write
 
