@@ -4,18 +4,20 @@
     python sample.py out/rmt --file=book.txt --save-memory=book.pt      read a book once, keep what is remembered
     python sample.py out/rmt --load-memory=book.pt --prompt=" And then"  go on from there, as often as you like
     cat book.txt | python sample.py out/rmt --prompt="And then"          what is piped comes before the prompt
+    python sample.py out/rmt --file=book.txt --look=look.html            a page that shows where memory is worth what
 """
 import codecs
 import os
 import stat
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import nanomem
-from nanomem import checkpoint, cli, data, stream, tasks
+from nanomem import checkpoint, cli, data, look, stream, tasks
 from nanomem.cli import UserError
 
 
@@ -30,6 +32,7 @@ class Sample:
     seed: int = 0             # of the choices
     save_memory: str = ""     # file for what is remembered at the end
     load_memory: str = ""     # file of an earlier --save-memory to go on from
+    look: str = ""            # file for a page that shows what memory is worth at each token of the text
     device: str = ""          # cpu, cuda, mps (without it the best there is)
 
 
@@ -75,6 +78,10 @@ def main(argv):
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     if s.save_memory:
         checkpoint.target(s.save_memory)                   # rather now than after an hour of reading
+    if s.look:
+        look.target(s.look)
+        if s.save_memory or s.load_memory:
+            raise UserError("--look reads a text from its beginning: leave --load-memory and --save-memory out")
     device = stream.machine(s.device)[0]
     model, saved = nanomem.load(words[0])
     with checkpoint.using(words[0]):
@@ -93,6 +100,12 @@ def main(argv):
         text.encode()
     except UnicodeError:
         raise UserError("the prompt or standard input is not UTF-8 text") from None
+    if s.look:
+        source = Path(s.file).name if s.file not in ("", "-") else "a prompt"
+        found = look.write(s.look, model, saved["name"], enc, text, source)
+        print(f"{found['tokens']:,} tokens: {found['loss']:.3f} nats a token, {found['loss_empty']:.3f} with an empty "
+              f"memory. Open {s.look} in a browser")
+        return 0
     ids = enc.encode_ordinary(text)
     if s.load_memory:
         reader.load(s.load_memory)
