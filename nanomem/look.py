@@ -138,7 +138,8 @@ def packed(a, kind):
 
 
 def content(model, enc, tokens):
-    """What the page needs to know, as a dict for JSON. Arrays have an entry for each piece."""
+    """What the page needs to know, as a dict for JSON. Arrays have an entry for each piece. `best` are the pieces that
+    gained most in the second half of a segment: there an empty memory, too, knows half a segment of text."""
     memory, empty, places = predictions(model, [enc.eot_token, *tokens], enc.n_vocab)
     if not np.isfinite([memory[0], empty[0]]).all():
         raise UserError("the model predicts no numbers (NaN): its weights are damaged")
@@ -146,7 +147,7 @@ def content(model, enc, tokens):
     first = np.cumsum(counts) - counts                                         # the first token of each piece
     loss, loss_empty = (np.add.reduceat(x[0], first) for x in (memory, empty))
     used, which = np.unique(np.stack([memory[1], empty[1]])[:, first], return_inverse=True)
-    gain = loss_empty - loss
+    gain = np.where(first % model.c.seg < model.c.seg // 2, 0, loss_empty - loss)
     best = [i for i in (-gain).argsort(kind="stable")[:BEST].tolist() if gain[i] > 0]
     found = dict(tokens=len(tokens), segment=model.c.seg, state_bytes=stream.nbytes(model.init_state(1)),
                  loss=float(memory[0].mean()), loss_empty=float(empty[0].mean()), text="".join(texts), best=best,
