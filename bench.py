@@ -10,6 +10,7 @@ Settings of a model or of train.py follow the model's name, and settings behind 
 
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
+    reach     how far back a model listens: how much one changed token moves later predictions, by distance
     recall, recall2, recall8, recall32, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import checkpoint, cli, data, measure, pictures, report, stream, suites, tasks
+from nanomem import checkpoint, cli, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, describe, read_result, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
@@ -209,6 +210,8 @@ def measured(b, job, saved, tried):
     books = data.open_books(b.data, "test" if b.final else "validation", tokenizer)
     if job.task == "passage":
         return measure.passage(model, books)
+    if job.task == "reach":
+        return reach.reach(model, books)
     like = [untrained(b, other).to(device) for other in settings_of(b, job)["not_scored"]]
     return dict(measure.loss_by_position(model, books, suites.POSITIONS, 4 * b.batch, b.upto, b.interleave, like=like,
                                          segments=b.segments, interleave_len=b.interleave_len,

@@ -30,7 +30,7 @@ class Job(NamedTuple):
         """The job for which the model is trained, itself or another one; None if this one needs no training."""
         if self.task in ("cost", "race", "replay"):
             return None
-        return Job("books" if self.task == "passage" else self.task, self.model.partition("/")[0], self.seed)
+        return Job("books" if self.task in ("passage", "reach") else self.task, self.model.partition("/")[0], self.seed)
 
 
 def file_of(out, job):

@@ -3,7 +3,7 @@ import contextlib
 
 import numpy as np
 
-from .report import column_of, interval, range_of, results_of
+from .report import column_of, interval, range_of, reach_columns, results_of
 
 INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
 MOST_LINES = len(COLORS)
@@ -153,6 +153,16 @@ def against_bytes(models, path):
     return path
 
 
+def reach_map(models, path):
+    """How far back each model listens."""
+    results = results_of(models, "reach")
+    columns = reach_columns(max(results.values(), key=len))
+    values = {name: [x["kl"] for x in r] + [None] * (len(columns) - len(r)) for name, r in results.items()}
+    heat_map(path, "How much one changed token moves later predictions: KL in nats (colours: 1e-8 to 1)",
+             list(results), columns, values, lambda v: f"{v:.0e}".replace("e-0", "e-") if v else "0",
+             "d: the predictions are d to 2d - 1 tokens later", log=True, ends=(-8, 0))
+
+
 def reading_bars(models, path):
     """The time to read a million tokens, at the speed that was measured after the longest text."""
     last = {name: r["reading"][-1] for name, r in results_of(models, "cost").items()}
@@ -170,6 +180,9 @@ def draw(models, tasks, folder):
             names.append(f"{task}.svg")
     names += [f"{name}.svg" for name, made in (("books", books_lines), ("memory", against_bytes))
               if made(models, f"{folder}/{name}.svg")]
+    if results_of(models, "reach"):
+        reach_map(models, f"{folder}/reach.svg")
+        names.append("reach.svg")
     if results_of(models, "cost"):
         reading_bars(models, f"{folder}/cost.svg")
         names.append("cost.svg")

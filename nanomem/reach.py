@@ -18,9 +18,9 @@ def divergence(logits, other):
 
 @torch.no_grad()
 def reach(model, books, n=16, farthest=FARTHEST):
-    """n texts from held-out books. In each, one token anywhere in segment 8 becomes another token of the same text. Both
-    texts are read on, and their predictions are compared. Returns a dict for each range of distances, 1, 2-3, 4-7, ...,
-    as far as the longest book allows:
+    """n texts from held-out books. In each, one token anywhere in segment 8 becomes another token of the same text.
+    Both texts are read on, and their predictions are compared. Returns a dict for each range of distances, 1, 2-3, 4-7,
+    ..., as far as the longest book allows:
 
     start, end   d, tokens from the changed one to the predicted one: start <= d < end; d = 1 is the next token
     kl           KL(prediction of the text || prediction of the changed text) in nats, mean over the range and the texts

@@ -186,6 +186,17 @@ def passage_table(models):
                     lambda r: [x["after"] for x in r], lambda r: [f"{x['gain']:.3f} ±{x['interval']:.3f}" for x in r])
 
 
+def reach_columns(r):
+    return [f"{x['start'] // 1024}k" if x["start"] >= 1024 else str(x["start"]) for x in r]
+
+
+def reach_table(models):
+    return by_model("Reach on held-out books: how much one changed token moves the predictions d to 2d - 1 tokens "
+                    "later, mean KL in nats, by d; rounding: the same for equal texts", results_of(models, "reach"),
+                    lambda r: [*reach_columns(r), "rounding"],
+                    lambda r: [f"{kl:.2g}" for kl in (*(x["kl"] for x in r), r[0]["noise"])])
+
+
 def task_table(models, task, about):
     return by_model(f"Accuracy on {task}, {about} (last line: number of questions)", results_of(models, task),
                     lambda r: list(map(column_of, r)), lambda r: list(map(percent, r)),
@@ -233,7 +244,7 @@ def replay_table(models):
 
 def tables(models, about):
     """All tables, as text. about: {task: what its table shows}."""
-    parts = [first_table(models), *books_tables(models), *passage_table(models)]
+    parts = [first_table(models), *books_tables(models), *passage_table(models), *reach_table(models)]
     for task, text in about.items():
         parts += task_table(models, task, text)
     return "\n\n".join(filter(None, [*parts, *cost_tables(models), *race_table(models), *replay_table(models),

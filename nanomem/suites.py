@@ -136,7 +136,7 @@ TASKS["noise"] = replace(
     models=("bmojo_f:state=8", "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
             "bmojo:mix=window:window=64"))
 
-ORDER = ("books", "passage", *TASKS, "cost", "race", "replay")   # of the report
+ORDER = ("books", "passage", "reach", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults

@@ -288,9 +288,11 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(suites.TASKS, "recall", TINY)
-    bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books,recall", f"--data={shards}", f"--out={tmp_path}", "--plot"])
-    drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in ("books", "memory", "recall")}
+    bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books,reach,recall", f"--data={shards}", f"--out={tmp_path}",
+                "--plot"])
+    drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in ("books", "memory", "recall", "reach")}
     assert all(">rmt<" in text for text in drawn.values()) and "tokens back to the answer" in drawn["recall"]
+    assert "KL in nats" in drawn["reach"] and not (tmp_path / "reach-gpt-1").exists()      # trained for books
 
 
 def test_labels_that_would_overlap_are_moved_apart_and_no_others():

@@ -1,4 +1,4 @@
-"""look.py: what the page says of a text is what the model says, text stays text, and no file of another kind is lost."""
+"""look.py: the page says of a text what the model says, text stays text, and no file of another kind is lost."""
 import base64
 import json
 import re

@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 
 import nanomem
-from nanomem import data, measure, stream, suites
+from nanomem import data, measure, reach, stream, suites
+from nanomem.cli import UserError
 from nanomem.data import Batch
 
-from conftest import tiny
+from conftest import run, tiny
 
 S, EDGES = 32, suites.POSITIONS
 
@@ -253,3 +254,59 @@ def test_a_race_gives_both_sides_the_same_tokens_and_its_ratios_agree():
     assert last["tokens"] == 30 * 4 * 2 * 16 and found["steps"][0]["ours"][1] > last["ours"][1] < 4
     assert found["tokens_over"] == last["nanogpt"][0] / last["ours"][0]
     assert last["ours"][1] > last["nanogpt"][1] or found["time_over"] <= last["ours"][0] / last["nanogpt"][0] + 1e-9
+
+
+# reach
+
+def reaches(name, books, **fields):
+    return reach.reach(tiny(name, vocab=320, seg=8, **fields), books, 4, 512)
+
+
+def test_what_a_model_cannot_hold_moves_nothing(books):
+    """gpt sees its segment. Two layers of a window of W tokens, whose keys know the token before, see 2 (W + 1)."""
+    for name, holds in dict(gpt=8, window=2 * 9 + 1).items():
+        found = reaches(name, books)
+        assert [(x["start"], x["end"]) for x in found] == [(2 ** i, 2 ** i * 2) for i in range(9)]
+        assert all((x["kl"] > 0) == (x["start"] <= holds) for x in found) and found[0]["kl"] > 1e-6
+
+
+def test_a_model_with_a_memory_listens_further_than_rounding(books):
+    for name in ("rmt", "full", "gca"):
+        found = reaches(name, books)
+        assert found[5]["kl"] > max(1e-15, 10 * found[5]["noise"]) and found[0]["noise"] < 1e-9
+
+
+@torch.no_grad()
+def test_reach_is_the_divergence_of_two_texts_read_one_after_the_other(books):
+    """The slow way: a text of one token and then the others, changed at one place, both read from their beginning."""
+    class Recorder(torch.nn.Module):
+        """Keeps what it is given, in order."""
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.c, self.head, self.given = model, model.c, model.head, []
+            self.init_state = model.init_state
+
+        def forward(self, tokens, state):
+            self.given.append(tokens)
+            return self.model(tokens, state)
+    model = tiny("rmt", vocab=320, seg=8)
+    recorder = Recorder(model)
+    found = reach.reach(recorder, books, 4, 64)
+    before = recorder.given[:2 * reach.BEFORE:2]                     # every second call is the half batch of `noise`
+    after = recorder.given[2 * reach.BEFORE:]
+    text, changed = (torch.cat(before + after[i::2], 1) for i in (0, 1))
+    differ = text != changed
+    assert (differ.sum(1) == 1).all() and not differ[:, :8 * reach.BEFORE].any()
+    assert differ[:, 8 * reach.BEFORE:8 * reach.BEFORE + 8].any(1).all()
+    assert len({*differ.long().argmax(1).tolist()}) > 1
+    p, q = (run(model, t)[0].double().softmax(2) for t in (text, changed))
+    kl = (p * (p / q).log()).sum(2)
+    for x in found:
+        place = differ.long().argmax(1)
+        values = [kl[b, place[b] + d - 1].item() for b in range(4) for d in range(x["start"], x["end"])]
+        assert abs(x["kl"] - np.mean(values)) < 1e-9 + 1e-4 * np.mean(values)
+
+
+def test_a_book_that_is_too_short_for_reach_is_refused(books):
+    with pytest.raises(UserError, match="reach needs a book of 9,002 tokens"):
+        reach.reach(tiny("gpt", vocab=320, seg=1000), books)

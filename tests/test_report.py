@@ -140,3 +140,13 @@ def test_replay_stands_beside_the_paper():
     assert text.count("| memformer |") == text.count("| the paper |") == 3 and "0.45x, 1.11x" in text
     assert "1.00x the bytes at K=32 as at K=4, 1.25x the time" in claims(models)
     assert report.replay_table({}) == []
+
+
+def test_reach_has_a_column_for_each_distance_and_two_digits():
+    part = lambda start, kl: dict(start=start, end=2 * start, kl=kl, noise=0.0)
+    models = dict(gpt=dict(reach=[part(512, 0.0123), part(1024, 0)]),
+                  rmt=dict(reach=[part(512, 1.26e-5), part(1024, 2e-9)]))
+    head, _, gpt, rmt = report.reach_table(models)[0].splitlines()[-4:]
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == ["model", "512", "1k", "rounding"]
+    assert gpt.split("|")[2:-1] == ["   0.012 ", "     0 ", "        0 "] and " 1.3e-05 " in rmt and " 2e-09 " in rmt
+    assert report.reach_table(dict(gpt={})) == []
