@@ -118,4 +118,6 @@ def load(path, **fields):
     with checkpoint.using(path):
         model = build(saved["name"], **{**saved["config"], **fields})
         checkpoint.set_weights(model, saved["weights"])
+        if saved.get("code", "") != code_of(saved["name"]):
+            print(f"note: {saved['name']} has changed since {path} was trained with it", file=sys.stderr)
     return model, saved

@@ -174,7 +174,7 @@ def notes(f, comments):
     for node in sorted(ast.walk(f), key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, (ast.Assign, ast.Return)):
             said = [comments[i].lstrip("# ") for i in range(node.lineno, node.end_lineno + 1) if i in comments]
-            names = ", ".join(map(ast.unparse, node.targets)) if isinstance(node, ast.Assign) else "returns"
+            names = ast.unparse(node.targets[0]).strip("()") if isinstance(node, ast.Assign) else "returns"
             if said:
                 yield f"# {names}: {'; '.join(said)}"
 

@@ -46,9 +46,9 @@ def outcome(error, path):
     return dict(result=result, message=said[:2000], where=where[-1] if where else "")
 
 
-def run_tests(model, path, seconds, first=False):
-    """Run the laws and the properties of the model's paper on a file, in a process of its own. `first` stops at the
-    first failure. Returns what tests/conftest.py told: a dict for each line."""
+def run_tests(model, path, seconds, only=""):
+    """Run the laws and the properties of the model's paper on a file, or `only` the tests with this in their names, in a
+    process of its own. Returns what tests/conftest.py told: a dict for each line."""
     if not Path("tests/test_laws.py").is_file():
         raise UserError("check runs the tests of the repository: start it in the folder that holds tests/")
     if not importlib.util.find_spec("pytest"):
@@ -60,7 +60,7 @@ def run_tests(model, path, seconds, first=False):
         told = Path(folder, "results")
         told.touch()
         env = dict(os.environ, NANOMEM_MODEL=f"{model}={os.path.abspath(path)}", NANOMEM_RESULTS=str(told))
-        process = subprocess.Popen([*command, *(["-x"] if first else [])], env=env, stdin=subprocess.DEVNULL,
+        process = subprocess.Popen([*command, *(["-k", only] if only else [])], env=env, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             while process.poll() is None and time.time() - told.stat().st_mtime < seconds:
@@ -79,13 +79,13 @@ def run_tests(model, path, seconds, first=False):
     return lines
 
 
-def check(path, model="", seconds=60, first=False):
+def check(path, model="", seconds=60, only=""):
     """How a file keeps the laws and the properties, as a dict. Of a test with several settings the worst counts, and it
     is not reached as long as one of them is not. Raises UserError if the file cannot be imported."""
     if not nanomem.code_of(str(path)):
         raise UserError(f"{path} is no Python file: its name must end with .py")
     model, order, tests = model or Path(path).stem, ["skipped", "passed", "not reached", "failed"], {}
-    lines = run_tests(model, path, seconds, first)
+    lines = run_tests(model, path, seconds, only)
     done = {line["test"] for line in lines if "result" in line}
     for line in lines:
         if "refused" in line:

@@ -86,6 +86,14 @@ def test_a_closed_gate_is_gpt_and_an_open_one_sees_no_segment():
 
 
 @torch.no_grad()
+def test_the_memory_answers_a_token_alike_at_every_position():
+    model = tiny("infini", layers=1)
+    model.blocks[0].attention.beta.fill_(100)                                  # only the memory is heard
+    y = model(torch.full((2, S), 5), run(model, text())[1])[0]
+    assert close(y, y[:, :1].expand_as(y)) and not close(y, model(torch.full((2, S), 5), model.init_state(2))[0])
+
+
+@torch.no_grad()
 def test_a_segment_reads_nothing_of_its_own():
     """In the first segment a head's output is (1 - gate) times that of gpt."""
     model, gpt = tiny("infini"), tiny("gpt")

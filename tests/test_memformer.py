@@ -10,6 +10,7 @@ import test_laws
 import train
 from nanomem import measure, stream, tasks
 from nanomem.cli import UserError
+from nanomem.models.gpt import norm, rope
 from nanomem.optim import optimizers_of
 
 from conftest import S, TINY, V, close, keep_embeddings, run, text, tiny
@@ -73,6 +74,18 @@ def test_every_token_reads_all_slots_whatever_their_order():
     assert close(reader(x, reader.keys_values(mem)), reader.out(slow))
     shuffled = reader.keys_values(mem[:, torch.randperm(7)])
     assert close(reader(x, shuffled), reader(x, reader.keys_values(mem)))
+
+
+@torch.no_grad()
+def test_a_block_is_attention_then_the_memory_then_an_mlp_each_of_a_norm():
+    model, x = tiny("memformer"), text(K=1)
+    state = run(model, text(seed=1))[1]
+    h, angles = model.embed(x), rope(torch.arange(S), 16)
+    for block, reader in zip(model.blocks, model.readers):
+        h = h + block.attention(norm(h), angles)[0]
+        h = h + reader(norm(h), reader.keys_values(state["mem"]))
+        h = h + block.mlp(norm(h))
+    assert close(model(x, state)[0], model.head(norm(h)))
 
 
 @torch.no_grad()
