@@ -27,7 +27,7 @@ from nanomem.models import gpt
 
 @dataclass
 class Run:
-    model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, mamba, gca, ... or a file: homework/hmt.py
+    model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, mamba, gca, ..., or a file: folder/hmt.py
     data: str = ""               # folder of shards, or a task (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/MODEL)

@@ -47,9 +47,9 @@ def code_of(name):
 
 
 def import_file(path, module=""):
-    """The module in a file. It becomes part of the package nanomem.models, wherever it lies, so that `from . import gpt`
-    and `from nanomem.models import gpt` both work in it. Its name there is `module`; without it, one that no other file
-    and no other text of this file has. Raises UserError with the line where it cannot be imported."""
+    """The module in a file. It becomes part of the package nanomem.models, wherever it lies, so that in it both
+    `from . import gpt` and `from nanomem.models import gpt` work. Its name there is `module`; without it, one that no
+    other file and no other text of this file has. Raises UserError with the line where it cannot be imported."""
     code, file = code_of(path), os.path.abspath(path)
     module = module or f"nanomem.models.{Path(path).stem.replace('.', '_')}_{code[:12]}"
     if module in sys.modules and sys.modules[module].__file__ == file:

@@ -39,7 +39,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "with_previous": "half of the channels stay; the others come from one position earlier, zeros at first",
             "attend": "query t of T stands at position P + t; is_causal is right only for P = 0"}),
         Exercise("cache", "any number of tokens, computed once", {
-            "Attention.forward": "new keys and values go behind the past ones, and the cache keeps them before the shift",
+            "Attention.forward": "new keys and values go behind the past ones; the cache keeps keys before the shift",
             "GPT.backbone": "x stands at positions P to P + T; every layer takes its past and returns a longer one"})],
     "xl": [
         Exercise("mask", "what is filled, what is past, what is future", {
@@ -53,7 +53,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
     "rmt": [
         Exercise("write", "recurrence through tokens that stand behind a segment", {
             "RMT.write": "a copy of the memory passes behind the segment; what comes out is the next memory",
-            "RMT.forward": "one pass over [mem ; sensory ; tokens ; mem], or delete this method: GPT has one in steps"}),
+            "RMT.forward": "one pass over [mem ; sensory ; tokens ; mem], or delete it: GPT has one in steps"}),
         Exercise("stream", "the same computation, token by token", {
             "RMT.embed_previous": "embeddings of the ids, and zeros where an id is -1",
             "RMT.read": "memory and sensory tokens pass first; their keys and values are the cache",
@@ -69,7 +69,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
         Exercise("stream", "what each query may know, and when", {
             "HMT.read": "with query=split nothing was searched yet: the newest memory stands in front",
             "HMT.extend": "the token that completes the first half triggers the search, in the middle of a call",
-            "HMT.forward": "the parts of eq. 4 in one pass, or delete this method: GPT has one in steps"})],
+            "HMT.forward": "the parts of eq. 4 in one pass, or delete it: GPT has one in steps"})],
     "memformer": [
         Exercise("reader", "cross-attention without positions", {
             "Reader.keys_values": "one linear map, split into the heads of k and of v",
@@ -91,7 +91,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "MemoryLLM.keys_values": "the last vector stands just before `end`",
             "MemoryLLM.mask": "memory where it is filled; tokens up to oneself, of t + T"}),
         Exercise("write", "compression by the model itself", {
-            "MemoryLLM.compress": "a second pass that sees only the newest K vectors; the marker is on the last K tokens"}),
+            "MemoryLLM.compress": "a second pass that sees the newest K vectors; the marker is on the last K tokens"}),
         Exercise("forgetting", "random drops, and exponential forgetting", {
             "MemoryLLM.update": "the table of this step orders the pool: first what stays, then the K that drop out"})],
     "mplus": [
@@ -121,7 +121,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "recall": "sigma(q) M over sigma(q) z; where nothing was written the answer is 0",
             "store": "delta takes off what the memory says to k already; z only counts"}),
         Exercise("gate", "two answers to one query", {
-            "InfiniAttention.forward": "queries without position ask M, rotated ones the segment; the sigmoid of beta mixes"}),
+            "InfiniAttention.forward": "queries without position ask M, rotated ones the segment; beta mixes"}),
         Exercise("segments", "when a segment may read what", {
             "Infini.read": "for each layer: no keys, no values, no keys without position yet; M and z from the state",
             "Infini.write": "keys with the shift, of the whole segment at once, into M and z of each layer"})],
@@ -210,8 +210,8 @@ def hand_out(model, exercise=""):
 def missing(source):
     """What a source still leaves to be written: its lines and hints."""
     raised = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)]
-    return [dict(line=n.lineno, hint=n.exc.args[0].value) for n in raised if ast.unparse(n.exc.func) == "NotImplementedError"
-            and n.exc.args and isinstance(n.exc.args[0], ast.Constant)]
+    return [dict(line=n.lineno, hint=getattr(n.exc.args[0], "value", "") if n.exc.args else "") for n in raised
+            if ast.unparse(n.exc.func) == "NotImplementedError"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,14 +227,15 @@ def in_words(report):
     for i, t in enumerate(r["tests"]):
         file, _, name = t["test"].partition("::")
         if i == 0 or not r["tests"][i - 1]["test"].startswith(file):
-            said.append("\n" + ("laws of every model" if file.endswith("test_laws.py") else f"properties, {file}") + ":")
+            said.append("\nlaws of every model:" if file.endswith("test_laws.py") else f"\nproperties, {file}:")
         said.append(f"  {t['result'].upper() if t['result'] == 'failed' else t['result']:12s}"
                     + (name.removeprefix("test_").replace("_", " ") or "all of them")
                     + (f" ({t['message']})" if t["result"] == "skipped" else ""))
     failed = [t for t in r["tests"] if t["result"] == "failed"]
     for t in failed[:3]:
-        said += [f"\n--- {t['test']}" + (f" with {t['case']}" if t["case"] else ""), *([f"at {t['where']}"] if t["where"] else []),
-                 *t["message"].strip().splitlines()[:12]]
+        said.append(f"\n--- {t['test']}" + (f" with {t['case']}" if t["case"] else ""))
+        said += t["about"].splitlines() + [f"at {t['where']}"] * bool(t["where"])
+        said += [line[:160] for line in t["message"].strip().splitlines()[:12]]
     if len(failed) > 3:
         said.append(f"\n{len(failed) - 3} more failed: begin with these")
     return "\n".join(said)
@@ -263,7 +264,10 @@ def main(argv):
     if not words:
         print(table())
     elif words[0] == "check" and len(words) == 2:
-        report = dict(grade.check(words[1], flags.model, flags.seconds), missing=missing(tokenize.open(words[1]).read()))
+        if flags.model and flags.model not in EXERCISES:
+            raise UserError(f"--model={flags.model} is no model: {cli.nearest(flags.model, list(EXERCISES))}")
+        report = grade.check(words[1], flags.model, flags.seconds)
+        report["missing"] = missing(tokenize.open(words[1]).read())
         print(json.dumps(report) if flags.json else in_words(report))
         return 0 if report["passed"] and not report["failed"] + report["not_reached"] else 1
     elif len(words) == 1 and words[0] != "check":

@@ -1,7 +1,7 @@
 """What check of exercise.py does: run the laws and the properties of a paper on the file of a model, whatever is in it.
 
-The tests run in a process of their own, which tells line by line how each went (tests/conftest.py). So an endless loop, a
-sys.exit or a million printed lines cost no more than the tests that come after them.
+The tests run in a process of their own, which tells line by line how each went (tests/conftest.py). So an endless loop
+or the end of the process costs no more than the tests that would come after it.
 """
 import importlib.util
 import json
@@ -47,21 +47,22 @@ def outcome(error, path):
 
 
 def run_tests(model, path, seconds, only=""):
-    """Run the laws and the properties of the model's paper on a file, or `only` the tests with this in their names, in a
-    process of its own. Returns what tests/conftest.py told: a dict for each line."""
+    """Run the laws and the properties of the model's paper on a file, or `only` the tests with this in their names, in
+    a process of its own. Returns what tests/conftest.py told: a dict for each line."""
     if not Path("tests/test_laws.py").is_file():
         raise UserError("check runs the tests of the repository: start it in the folder that holds tests/")
     if not importlib.util.find_spec("pytest"):
         raise UserError("check needs pytest: pip install pytest")
     properties = Path("tests", f"test_{dict(memoryllm='mplus', stream='memformer').get(model, model)}.py")
     files = ["tests/test_laws.py", *([str(properties)] if properties.is_file() else [])]
-    command = [sys.executable, "-m", "pytest", *files, "-s", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", *files, "-s", "-p", "no:cacheprovider",
+               "--continue-on-collection-errors", *(["-k", only] if only else [])]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder, "results")
         told.touch()
         env = dict(os.environ, NANOMEM_MODEL=f"{model}={os.path.abspath(path)}", NANOMEM_RESULTS=str(told))
-        process = subprocess.Popen([*command, *(["-k", only] if only else [])], env=env, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         try:
             while process.poll() is None and time.time() - told.stat().st_mtime < seconds:
                 time.sleep(0.1)
@@ -94,6 +95,7 @@ def check(path, model="", seconds=60, only=""):
         for one in [line] if "result" in line else left:
             test, _, case = one["test"].partition("[")
             if test not in tests or order.index(one["result"]) > order.index(tests[test]["result"]):
-                tests[test] = dict(dict(message="", where=""), **one) | dict(test=test, case=case.removesuffix("]"))
+                empty = dict(message="", where="", about="")
+                tests[test] = {**empty, **one, "test": test, "case": case.removesuffix("]")}
     count = {result.replace(" ", "_"): sum(test["result"] == result for test in tests.values()) for result in order[1:]}
     return dict(file=str(path), model=model, **count, tests=list(tests.values()))

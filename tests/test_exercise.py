@@ -1,5 +1,5 @@
-"""Assignments: what is handed out lacks its mechanism and nothing else, what comes back is graded, and the path of a file
-is a model everywhere."""
+"""Assignments: what is handed out lacks its mechanism and nothing else, what comes back is graded, and the path of a
+file is a model everywhere."""
 import ast
 import json
 from pathlib import Path
@@ -102,7 +102,8 @@ def test_all_exercises_of_a_model_are_handed_out_and_no_solution_is_overwritten(
     (["hmd"], "there is no exercise for hmd: did you mean hmt"), (["a", "b"], "name a model, or check and one file"),
     (["hmt", "--exercise=serach"], "hmt has no exercise serach: did you mean search"),
     (["check"], "name a model, or check and one file"), (["check", "gone.py"], "cannot read the model's file gone.py"),
-    (["check", "README.md"], "README.md is no Python file")])
+    (["check", "README.md"], "README.md is no Python file"),
+    (["check", "alice.py", "--model=hmd"], "--model=hmd is no model: did you mean hmt")])
 def test_a_mistake_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         exercise.main(argv)
@@ -130,14 +131,14 @@ def test_a_file_that_is_handed_out_is_not_reached_and_the_reference_passes(tmp_p
 @every
 def test_without_any_one_body_some_tests_are_not_reached_and_none_fails(model, part, tmp_path):
     report = grade.check(write(tmp_path, hand_out(model, part.name), f"{model}.py"))
-    assert report["not_reached"] and not report["failed"], exercise.in_words(dict(report, missing=[]))
+    assert report["not_reached"] and not report["failed"], report
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", EXERCISES)
 def test_the_reference_passes_everything(model):
     report = grade.check(reference(model))
-    assert report["passed"] and not report["failed"] + report["not_reached"], exercise.in_words(dict(report, missing=[]))
+    assert report["passed"] and not report["failed"] + report["not_reached"], report
 
 
 def test_a_failure_is_told_with_the_law_and_the_line(tmp_path):
@@ -154,7 +155,8 @@ NO_MODEL, WRITE = "from . import gpt\n\nclass Other(gpt.GPT):\n    pass\n", "   
 
 @pytest.mark.parametrize("source, why", [
     ("class RMT:\n  def", "rmt.py, line 2: SyntaxError"), (NO_MODEL, "rmt.py defines no class RMT"),
-    ("from nanomem.models.rmt import RMT", "line 1: ImportError"), ("import os\nos._exit(0)", "ended the whole process")])
+    ("from nanomem.models.rmt import RMT", "line 1: ImportError"),
+    ("import os\nos._exit(0)", "ended the whole process")])
 def test_a_file_without_its_model_is_refused_and_the_reference_is_not_taken(source, why, tmp_path):
     with pytest.raises(UserError, match=why):
         grade.check(write(tmp_path, source))
@@ -162,7 +164,8 @@ def test_a_file_without_its_model_is_refused_and_the_reference_is_not_taken(sour
 
 @pytest.mark.slow
 @pytest.mark.parametrize("new, said", [
-    ("        while True: pass\n", "did not end within 30 seconds"), ("        import sys; sys.exit(0)\n", "SystemExit: 0"),
+    ("        while True: pass\n", "did not end within 30 seconds"),
+    ("        import sys; sys.exit(0)\n", "SystemExit: 0"),
     ("        import os; os._exit(0)\n", "ended the whole process (exit code 0)"),
     ("        state = dict(mem=state['mem'] * float('nan'))\n", "NaN: "), ("        return 3\n", "TypeError: "),
     ("        for i in range(1_000_000): print(i)\n", "")])
@@ -188,7 +191,7 @@ def test_a_function_that_the_file_lacks_is_not_taken_from_the_reference(tmp_path
 def test_a_file_with_another_name_is_what_it_is_said_to_be(tmp_path):
     path = write(tmp_path, reference("hmt").read_text(), "alice.py")
     report = grade.check(path, "hmt")
-    assert report["passed"] > 35 and {test["case"].partition("-")[0] for test in report["tests"][:3]} <= {"hmt", "hmt_split"}
+    assert report["passed"] > 35 and not report["failed"] and report["model"] == "hmt"
     report = grade.check(path)                          # a model of one's own: the laws
     assert report["model"] == "alice" and report["failed"] == 0 and 15 < report["passed"] < 25
 
@@ -210,7 +213,7 @@ def test_a_model_in_a_file_is_built_trained_loaded_and_sampled(tmp_path, monkeyp
     nanomem.load("out/rmt")
     assert "note: homework/rmt.py has changed since out/rmt/best.pt was trained with it" in capsys.readouterr().err
     Path(path).unlink()
-    with pytest.raises(UserError, match="cannot read the model's file homework/rmt.py .* its path counts from the folder"):
+    with pytest.raises(UserError, match="cannot read the model's file homework/rmt.py .* its path counts from"):
         sample.main(["out/rmt"])
 
 

@@ -105,7 +105,7 @@ def test_a_chunk_is_encoded_once_both_ways_with_its_key_at_the_landmark():
     key, kv = model.encode(h[0])
     z = norm(model.encoder(norm(h[0, 0]), rope(torch.arange(M + 1), 16), mask=torch.ones(M + 1, M + 1).bool())[0])
     assert close(key[0], z[:, M]) and close(kv[0].transpose(1, 2).flatten(2), model.kv(z[:, :M]))
-    assert ((model.encode(more[0])[1] - kv).abs().amax((1, 2, 4)) > 1e-4).all(), "a token does not see the one behind it"
+    assert ((model.encode(more[0])[1] - kv).abs().amax((1, 2, 4)) > 1e-4).all(), "a token that looks ahead"
 
 
 @torch.no_grad()

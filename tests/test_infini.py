@@ -51,6 +51,11 @@ def test_a_pair_that_the_memory_knows_changes_nothing_with_delta():
     assert torch.allclose(store(k, v, M, z, delta=False)[0], 2 * M)
 
 
+def test_the_weights_are_positive():
+    x = draw(1000)
+    assert torch.allclose(positive(x), torch.where(x > 0, x + 1, x.exp())) and (positive(x) > 0).all()
+
+
 def test_an_empty_memory_reads_as_zero_and_has_finite_gradients():
     M, z = (x.requires_grad_() for x in empty())
     q = draw(2, 3, 5, 4).requires_grad_()

@@ -125,6 +125,16 @@ def test_a_slot_attends_to_itself_and_the_tokens_in_a_loop_and_in_one_masked_cal
 
 
 @torch.no_grad()
+def test_the_writer_computes_in_full_precision_under_autocast():
+    model = tiny("memformer")
+    state = run(model, text())[1]
+    cache = model.extend(text(K=1), model.read(state))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.write(cache, state)
+    assert close(low, model.write(cache, state), 1e-6)
+
+
+@torch.no_grad()
 def test_no_slot_sees_another_one():
     write, mem, h = writer()
     other = mem.clone()
