@@ -180,7 +180,8 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
         ("theta.sigmoid() * (1 - eta.exp())", "theta.sigmoid()", "a_text_of_equal_tokens_does_not_blow_up"),
         ("y = f0 * (inputs @ w.mT) + fe0 *", "y = f0 * (inputs @ w.mT) - fe0 *",
          "chunks_in_matrix_products_are_a_loop_over_tokens"),
-        ("F.logsigmoid(-alpha)", "F.logsigmoid(alpha)", "FULL"),
+        ("F.logsigmoid(-alpha)", "F.logsigmoid(alpha)",
+         "a_token_says_how_far_its_step_goes_how_much_momentum_stays_and_what_fades"),
     ],
     "bmojo": [
         ("(p > t - W) & (p <= t)", "(p >= t - W) & (p <= t)", "the_chunks_are_the_definition"),
@@ -189,7 +190,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
          "the_innovation_is_the_distance_from_the_mean_of_the_three_outputs_before"),
         (".topk(self.M, 1)", ".topk(self.M, 1, largest=False)", "the_buffer_is_a_running_heap"),
         ("window[:, self.c.past:]], 1)", "window[:, :W]], 1)", "the_chunks_are_the_definition"),
-        ("innovation(y.detach(),", "innovation(y,", "FULL"),
+        ("(p <= t - W) & (eps >= 0)", "(p <= t - W)", "the_chunks_are_the_definition"),
         ("rope(positions - 1, D)", "rope(positions, D)", "the_chunks_are_the_definition"),
         ("v], 2), line[:, -1:]", "v], 2), line[:, :1]", "any_cut_of_a_segment_gives_the_single_call"),
         ("kinds[l % len(kinds)]", "kinds[0]", "a_hybrid_alternates_attention_and_state_space"),
