@@ -120,12 +120,13 @@ def test_any_cut_of_a_segment_gives_the_single_call(model, cut):
 @torch.no_grad()
 def test_a_reader_predicts_what_the_loop_predicts(model):
     tokens = text()
-    logits, _ = run(model, tokens)
+    logits, state = run(model, tokens)
     reader, t = stream.Reader(model, B=2), 0
     for n in (1, 3, S - 4, S + 7, 2, S - 9):
         t += n
         agree(2, reader(tokens[:, t - n:t])[:, None], logits[:, t - 1:t], when=f" after {t} tokens of a Reader")
     assert reader.count == t == 3 * S
+    agree(2, reader.state, state, when=" of a Reader after three segments")
 
 
 @torch.no_grad()
