@@ -7,6 +7,7 @@
     python bench.py --suite=night --data=data/pg19          everything, with 30M parameters: a night on one GPU
 
 Settings of a model or of train.py follow the model's name, and settings behind a slash are changed only for the test.
+The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
@@ -37,7 +38,7 @@ import nanomem
 import train
 from nanomem import checkpoint, cli, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
-from nanomem.jobs import Job, describe, read_result, run_all, write_result
+from nanomem.jobs import Job, describe, halves, read_result, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
 
 
@@ -57,7 +58,7 @@ class Bench(suites.Suite):
 
 def parts_of(model):
     """"gca:chunk=16/topk=8" -> its name, the settings with which it is trained, and those changed for the test."""
-    trained, _, tested = model.partition("/")
+    trained, tested = halves(model)
     return *cli.variant(trained), cli.variant(f"/:{tested}")[1] if tested else {}
 
 
@@ -78,7 +79,7 @@ def models_of(b, task):
     models = [model for word in typed for model in (every if word == "all" else [word])] or made_for or every
     for model in models:
         name = parts_of(model)[0]
-        if name not in nanomem.MODELS:
+        if name not in nanomem.MODELS and not name.endswith(".py"):
             raise UserError(f"--models={name} is none of them: {cli.nearest(name, list(nanomem.MODELS))}")
         fields = {**fields_of(model), **fields_of(model, tested=True)}
         if t and min(t.tests) % fields.get("seg", t.train["seg"]):
@@ -147,6 +148,8 @@ def settings_of(b, job):
         found.update(upto=b.upto, not_scored=[model for model in models if not untrained(b, model).scored().all()])
     if job.training:
         found["train"] = " ".join(flags_of(b, job.training))
+    if code := nanomem.code_of(parts_of(job.model)[0]):      # a student's file changes, and keeps its name
+        found["code"] = code
     return json.loads(json.dumps(found))
 
 
@@ -161,7 +164,8 @@ def trained(flags, out):
         with contextlib.suppress(UserError):
             saved = checkpoint.load(last, "checkpoint")
             was = {**saved["run"], **saved["config"]}
-            if all(was.get(k) == v for k, v in {**typed, **fields}.items() if k not in NO_EFFECT):
+            same_code = saved.get("code", "") == nanomem.code_of(typed["model"])
+            if same_code and all(was.get(k) == v for k, v in {**typed, **fields}.items() if k not in NO_EFFECT):
                 if saved["step"] == typed["steps"]:
                     return saved
                 extra = "--resume"

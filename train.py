@@ -27,7 +27,7 @@ from nanomem.models import gpt
 
 @dataclass
 class Run:
-    model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, memoryllm, mplus, mamba, bmojo, gca, ...
+    model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, mamba, gca, ..., or a file: folder/hmt.py
     data: str = ""               # folder of shards, or a task (recall, mqar, needle:distance=9); without it Moby-Dick
     tokenizer: str = "gpt2-4k"   # for the embedded book: gpt2-4k, gpt2 or bytes (shards bring their own)
     out: str = ""                # folder for checkpoints and log (without it out/MODEL)
@@ -69,7 +69,7 @@ def load_run(argv):
     """The checkpoint that --resume goes on from; None without --resume."""
     if not any(arg in ("--resume", "--resume=yes", "--resume=true", "--resume=1") for arg in argv):
         return None
-    out = cli.peek(argv, "out", "out/" + cli.peek(argv, "model", Run.model))
+    out = cli.peek(argv, "out", f"out/{Path(cli.peek(argv, 'model', Run.model)).stem}")
     return checkpoint.load(Path(out) / "last.pt", "checkpoint")
 
 
@@ -171,7 +171,7 @@ def main(argv):
     saved = load_run(argv)
     typed, fields = parse(argv, str(saved.get("name")) if saved else Run.model)
     run = Run(**typed)
-    out = Path(run.out or f"out/{run.model}")
+    out = Path(run.out or f"out/{Path(run.model).stem}")
     if saved:
         with checkpoint.using(out / "last.pt"):
             run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
@@ -231,6 +231,7 @@ def train(run, typed, fields, saved, out, rank, world):
         for path in paths if rank == 0 else ():
             checkpoint.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step,
                             best=best, seconds=seconds, data_hash=data_hash, weights=dict(model.state_dict()),
+                            code=nanomem.code_of(run.model),
                             optimizers=[optimizer.state_dict() for optimizer, _ in optimizers], state=whole,
                             loader=loader.state_dict(), rng=torch.get_rng_state())
 

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +16,12 @@ import torch
 from .cli import UserError
 
 
+def halves(model):
+    """A model as typed -> what is trained and what is changed for the test: "gca:chunk=16/topk=8" -> "gca:chunk=16",
+    "topk=8". The path of a model's file, up to .py, is kept whole."""
+    return re.fullmatch(r"((?:.+?\.py(?=[:/]|$))?[^/]*)/?(.*)", model, re.S).groups()
+
+
 class Job(NamedTuple):
     """One thing to measure: a task, with a model and a seed."""
     task: str
@@ -23,14 +30,15 @@ class Job(NamedTuple):
 
     def __str__(self):
         """Its name as a file: recall of rmt:mem=1/topk=2 is recall-rmt-mem1--topk2-1 with the seed 1."""
-        return "-".join(map(str, self)).replace("/", "--").replace(":", "-").replace("=", "")
+        return re.sub(r"[/\\]", "--", "-".join(map(str, self))).replace(":", "-").replace("=", "")
 
     @property
     def training(self):
         """The job for which the model is trained, itself or another one; None if this one needs no training."""
         if self.task in ("cost", "race", "replay"):
             return None
-        return Job("books" if self.task in ("passage", "reach") else self.task, self.model.partition("/")[0], self.seed)
+        task = "books" if self.task in ("passage", "reach") else self.task
+        return Job(task, halves(self.model)[0], self.seed)
 
 
 def file_of(out, job):
@@ -84,7 +92,7 @@ def run_all(function, calls, n):
 
 
 def describe(error):
-    """What went wrong, in one line, and where, if that is not a mistake of the user."""
-    if isinstance(error, UserError):
+    """What went wrong, in one line, and where, if that is not a mistake of the user or an exercise to be solved."""
+    if isinstance(error, (UserError, NotImplementedError)):
         return str(error), ""
     return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))

@@ -9,7 +9,7 @@ from nanomem.cli import UserError
 from nanomem.models.deltanet import delta_rule
 from nanomem.models.mamba import ssd
 
-from conftest import TINY, S, size, text, tiny
+from conftest import TINY, S, close, size, text, tiny
 
 
 def series(T, B=2, H=3, D=4, N=5, dtype=torch.double):
@@ -67,6 +67,24 @@ def test_without_the_correction_it_is_the_state_space_of_mamba():
     step = lambda x: x.transpose(1, 2)                               # (B, H, T, .) -> (B, T, H, .)
     y, last = ssd(step(v), step(b), step(a), k[:, 0], q[:, 0], torch.zeros(1).double(), h)
     assert torch.allclose(step(o), y, atol=1e-10) and torch.allclose(end, last, atol=1e-10)
+
+
+@torch.no_grad()
+def test_each_token_says_what_is_stored_how_it_is_asked_for_and_how_much_fades():
+    """The block in words: a convolution and a SiLU, keys and queries of length 1, decays and corrections below 1."""
+    block, x, h = tiny("deltanet").blocks[0].memory, torch.randn(2, 9, TINY["width"]), torch.randn(2, 2, 16, 16)
+    past, size = torch.randn(2, 3, 96), lambda x: x.square().sum(-1, keepdim=True).sqrt()
+    qkv = torch.cat([block.q(x), block.k(x), block.v(x)], 2)
+    line = torch.cat([past, qkv], 1)
+    z = qkv + torch.stack([(block.taps * line[:, t:t + 4]).sum(1) for t in range(9)], 1)
+    q, k, v = (z * z.sigmoid()).view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    b, dt = block.b(x).sigmoid().mT, (1 + (block.dt(x) + block.dt_bias).exp()).log()
+    o, end = loop(q / size(q), k / size(k), v, (-dt * block.log_A.exp()).mT, b, h)
+    o = (o / size(o) * 16 ** 0.5).transpose(1, 2).flatten(2)                   # RMS 1
+    gate = block.gate(x)
+    y, memory = block(x, dict(conv=past, matrix=h))
+    assert close(y, block.out(o * gate * gate.sigmoid())) and close(memory["matrix"], end)
+    assert torch.equal(memory["conv"], qkv[:, 6:])
 
 
 def pairs(N=8):

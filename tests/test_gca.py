@@ -10,6 +10,7 @@ import train
 from nanomem import stream, tasks
 from nanomem.cli import UserError
 from nanomem.models.gca import gumbel
+from nanomem.models.gpt import norm, rope
 
 from conftest import S, TINY, V, close, run, text, tiny
 
@@ -94,6 +95,29 @@ def test_a_chunk_is_read_from_the_second_chunk_after_it_on():
         moved[t] = 0
         assert moved[:(c + 2) * M].max() == 0
         assert moved[(c + 2) * M:].min() > 0
+
+
+@torch.no_grad()
+def test_a_chunk_is_encoded_once_both_ways_with_its_key_at_the_landmark():
+    model, h, other = gca(), torch.randn(2, 1, 3, M + 1, TINY["width"]), torch.arange(M)
+    h, more = h[:1], h[:1].clone()
+    more[..., M - 1, :] += 1                                                   # the last token
+    key, kv = model.encode(h[0])
+    z = norm(model.encoder(norm(h[0, 0]), rope(torch.arange(M + 1), 16), mask=torch.ones(M + 1, M + 1).bool())[0])
+    assert close(key[0], z[:, M]) and close(kv[0].transpose(1, 2).flatten(2), model.kv(z[:, :M]))
+    assert ((model.encode(more[0])[1] - kv).abs().amax((1, 2, 4)) > 1e-4).all(), "a token that looks ahead"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bypass", [True, False])
+def test_what_is_retrieved_goes_into_the_mlp_only_unless_there_is_no_bypass(bypass):
+    model, deaf = gca(bypass=bypass), gca(bypass=bypass)
+    for cross in deaf.cross:
+        cross.out.weight.zero_()
+    for m in (model, deaf):
+        for block in m.blocks[m.c.lower:]:
+            block.mlp.out.weight.zero_()
+    assert close(run(model, text())[0], run(deaf, text())[0], 1e-6) == bypass
 
 
 # choosing

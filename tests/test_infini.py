@@ -51,6 +51,11 @@ def test_a_pair_that_the_memory_knows_changes_nothing_with_delta():
     assert torch.allclose(store(k, v, M, z, delta=False)[0], 2 * M)
 
 
+def test_the_weights_are_positive():
+    x = draw(1000)
+    assert torch.allclose(positive(x), torch.where(x > 0, x + 1, x.exp())) and (positive(x) > 0).all()
+
+
 def test_an_empty_memory_reads_as_zero_and_has_finite_gradients():
     M, z = (x.requires_grad_() for x in empty())
     q = draw(2, 3, 5, 4).requires_grad_()
@@ -83,6 +88,14 @@ def test_a_closed_gate_is_gpt_and_an_open_one_sees_no_segment():
     for block in model.blocks:
         x = x + block.mlp(norm(x))
     assert close(y, model.head(norm(x)))
+
+
+@torch.no_grad()
+def test_the_memory_answers_a_token_alike_at_every_position():
+    model = tiny("infini", layers=1)
+    model.blocks[0].attention.beta.fill_(100)                                  # only the memory is heard
+    y = model(torch.full((2, S), 5), run(model, text())[1])[0]
+    assert close(y, y[:, :1].expand_as(y)) and not close(y, model(torch.full((2, S), 5), model.init_state(2))[0])
 
 
 @torch.no_grad()

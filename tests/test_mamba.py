@@ -7,7 +7,7 @@ from nanomem.cli import UserError
 from nanomem.models.gpt import norm
 from nanomem.models.mamba import short_conv, ssd, step
 
-from conftest import TINY, S, text, tiny
+from conftest import TINY, S, close, text, tiny
 
 
 def series(T, B=2, H=3, D=4, N=5, spread=2, dtype=torch.double):
@@ -89,6 +89,18 @@ def test_the_convolution_ties_a_token_to_the_three_before_it():
     one, middle = short_conv(u[:, :2], last, taps)
     assert torch.allclose(torch.cat([one, short_conv(u[:, 2:], middle, taps)[0]], 1), y)
     assert torch.autograd.gradcheck(lambda *xs: short_conv(*xs)[0], (u, last, taps))
+
+
+@torch.no_grad()
+def test_each_token_says_what_is_written_how_it_is_read_and_how_much_fades():
+    """The block in words: b and c of unit size, steps that are positive, decays below 1, a gate and a norm."""
+    ssm, u, h = tiny("mamba").blocks[0].ssm, torch.randn(2, 9, TINY["width"]), torch.randn(2, 2, 16, 16)
+    unit = lambda x: x / x.square().mean(-1, keepdim=True).sqrt()
+    z, x, b, c, dt = ssm.project(u).split([32, 32, 16, 16, 2], 2)
+    dt = (1 + (dt + ssm.dt_bias).exp()).log()
+    y, end = loop(x.unflatten(2, (2, 16)), dt, -dt * ssm.log_A.exp(), unit(b), unit(c), ssm.skip, h)
+    out, last = ssm(u, h)
+    assert close(out, ssm.out(unit(y.flatten(2) * z * z.sigmoid()))) and close(last, end)
 
 
 @torch.no_grad()

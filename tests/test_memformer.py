@@ -10,6 +10,7 @@ import test_laws
 import train
 from nanomem import measure, stream, tasks
 from nanomem.cli import UserError
+from nanomem.models.gpt import norm, rope
 from nanomem.optim import optimizers_of
 
 from conftest import S, TINY, V, close, keep_embeddings, run, text, tiny
@@ -76,6 +77,18 @@ def test_every_token_reads_all_slots_whatever_their_order():
 
 
 @torch.no_grad()
+def test_a_block_is_attention_then_the_memory_then_an_mlp_each_of_a_norm():
+    model, x = tiny("memformer"), text(K=1)
+    state = run(model, text(seed=1))[1]
+    h, angles = model.embed(x), rope(torch.arange(S), 16)
+    for block, reader in zip(model.blocks, model.readers):
+        h = h + block.attention(norm(h), angles)[0]
+        h = h + reader(norm(h), reader.keys_values(state["mem"]))
+        h = h + block.mlp(norm(h))
+    assert close(model(x, state)[0], model.head(norm(h)))
+
+
+@torch.no_grad()
 def test_the_slots_are_projected_once_a_segment():
     model, calls = tiny("memformer"), []
     model.readers[0].kv.register_forward_hook(lambda *_: calls.append(1))
@@ -109,6 +122,16 @@ def test_a_slot_attends_to_itself_and_the_tokens_in_a_loop_and_in_one_masked_cal
         heads(torch.cat([mem, write.value(h)], 1)),
         attn_mask=torch.cat([torch.eye(M), torch.ones(M, T)], 1).bool(), scale=1 / (0.25 * D ** 0.5))
     assert torch.allclose(write.normalise(z.transpose(1, 2).flatten(2)), expected, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_writer_computes_in_full_precision_under_autocast():
+    model = tiny("memformer")
+    state = run(model, text())[1]
+    cache = model.extend(text(K=1), model.read(state))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.write(cache, state)
+    assert close(low, model.write(cache, state), 1e-6)
 
 
 @torch.no_grad()

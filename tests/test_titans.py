@@ -87,6 +87,18 @@ def test_the_model_with_both_off_learns_by_the_delta_rule_too():
     assert torch.allclose(after["w"][0], w, atol=1e-6)
 
 
+def test_a_token_says_how_far_its_step_goes_how_much_momentum_stays_and_what_fades():
+    """All of a segment's writing in the slow loop: the rates are sigmoids, of which alpha forgets."""
+    memory, x, unit = tiny("titans").blocks[0].attention.memory, torch.randn(2, S, 32), lambda x: F.normalize(x, dim=-1)
+    q, k, v = (linear(x).view(2, S, 2, 16).transpose(1, 2) for linear in (memory.q, memory.k, memory.v))
+    k = torch.cat([k[..., :8], F.pad(k[..., 8:], (0, 0, 1, 0))[:, :, :-1]], -1)
+    theta, eta, alpha = (memory.rates(x) + memory.bias).sigmoid().mT.unflatten(1, (3, 2)).unbind(1)      # (B, H, S)
+    theta, zero = theta * (1 - eta) * 2 / memory.c.chunk, torch.zeros(2, 2, 16, 16)
+    y, (w,), (s,) = loop([zero], [zero], unit(q), unit(k), unit(v), theta, eta.log(), (1 - alpha).log(), memory.c.chunk)
+    out, after = memory.write(x, 0, dict(w=[zero], s=[zero], at=[zero], key=zero[:, :, :1]))
+    assert close(out, norm(y.transpose(1, 2).flatten(2))) and close(after["w"][0], w) and close(after["s"][0], s)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_orthonormal_keys_are_stored_exactly_and_forgetting_clears(depth):
     """One chunk of steps of size 1: every key is answered with its value; alpha = 1 leaves the last token only."""

@@ -1,12 +1,8 @@
 """Sliding window, Transformer-XL and full attention against one pass over the whole text."""
-import itertools
-import math
-
 import pytest
 import torch
-from torch.nn import functional as F
 
-from nanomem.models.gpt import GPT, norm, rope, rotate, with_previous
+from nanomem.models.gpt import GPT
 
 from conftest import S, TINY, close, keep_embeddings, run, text, tiny
 
@@ -95,38 +91,3 @@ def test_reach_grows_with_depth_a_window_per_layer():
         other[:, 0] += 1
         moved = (run(model, tokens)[0] - run(model, other % TINY["vocab"])[0]).abs().amax(-1)[0] > 1e-7
         assert moved.nonzero().max() == layers * (W + 1)
-
-
-def test_rotations_add_up():
-    x = torch.randn(2, 3, 8, 16, dtype=torch.double)
-    by = lambda n: rope(torch.full((1,), n), 16)
-    assert torch.allclose(rotate(rotate(x, by(7)), by(-3)), rotate(x, by(4)), atol=1e-5)
-    assert torch.allclose(rotate(x, by(5)).norm(dim=-1), x.norm(dim=-1))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rope_multiplies_each_pair_with_a_rotation_matrix(dtype):
-    x, D, near = torch.randn(2, 3, 5, 16, dtype=dtype), 16, 4 * max(torch.finfo(dtype).eps, 1e-6)
-    slow = x.double().clone()
-    for t, i in itertools.product(range(5), range(D // 2)):
-        theta = (3 + t) / 10_000 ** (2 * i / D)
-        matrix = torch.tensor([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]]).double()
-        slow[..., t, 2 * i:2 * i + 2] = slow[..., t, 2 * i:2 * i + 2] @ matrix.T
-    y = rotate(x, rope(torch.arange(3, 8), D))
-    assert y.dtype == dtype and torch.allclose(y.double(), slow, rtol=near, atol=near)
-
-
-def test_norm_keeps_type_and_zero():
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x = torch.randn(2, 3, 16, dtype=dtype)
-        assert norm(x).dtype == dtype and norm(0 * x).eq(0).all()
-        assert torch.allclose(norm(x).double().square().mean(-1), torch.ones(2, 3).double(), atol=0.02)
-
-
-def test_a_key_knows_the_token_before_it():
-    """The second half of its channels, the slow ones, are those of the key one position earlier."""
-    k = torch.randn(2, 3, 5, 8)
-    shifted = with_previous(k)
-    for p in range(5):
-        assert torch.equal(shifted[:, :, p, :4], k[:, :, p, :4])
-        assert torch.equal(shifted[:, :, p, 4:], k[:, :, p - 1, 4:] if p else torch.zeros(2, 3, 4))

@@ -170,10 +170,11 @@ class Titans(GPT):
     paper    Titans 2501.00663: eq. 12-15 (memory), 16-18 (chunks), 19 (persistent tokens), 21-25 (mac), 26-28 (mag)
     departs  (where other implementations differ, too) a memory for each head; a deep one has a residual connection, or
              it would be dead once its weights have faded to 0; queries, keys and values have length 1, and theta =
-             min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; keys take half of their channels from the token before (paper: convolutions), q, k and v
-             have no SiLU; the gate is 2 sigmoid(scale norm(m)). Persistent tokens: in each layer, for attention only.
-             mac: no token sees the answer to a later one, or what its own segment wrote (eq. 25 asks the memory after
-             it); it writes from input + output of attention. mag: attention sees the segment only (sliding window)
+             min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; keys take half of their
+             channels from the token before (paper: convolutions), q, k and v have no SiLU; the gate is 2 sigmoid(scale
+             norm(m)). Persistent tokens: in each layer, for attention only. mac: no token sees the answer to a later
+             one, or what its own segment wrote (eq. 25 asks the memory after it); it writes from input + output of
+             attention. mag: attention sees the segment only (sliding window)
     """
     Config, Attention = Config, TitansAttention
 
