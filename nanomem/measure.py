@@ -8,7 +8,6 @@ import math
 import platform
 import re
 import time
-import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from . import stream
 from .cli import UserError
 from .data import Loader
+from .footprint import LiveBytes
 from .optim import optimizers_of, schedule
 from .tasks import TaskLoader
 
@@ -246,33 +245,6 @@ def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruments
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once, .peak is the most, of those made inside the `with`. Eager only."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, {}
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        given = {s._cdata for s in self.storages((args, kwargs))}      # a view of an argument is nothing new
-        for storage in self.storages(out):
-            key = storage._cdata
-            if key not in self.seen and key not in given and storage.nbytes():
-                self.seen[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, key)
-        return out
-
-    @staticmethod
-    def storages(tree):
-        return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-    def drop(self, key):
-        self.now -= self.seen.pop(key, 0)
-
 
 def seconds(device, *functions, rounds=9, warm=False):
     """Seconds of each function, (functions, rounds). They are timed in turn in every round, so that a slow minute hits

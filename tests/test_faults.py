@@ -306,7 +306,7 @@ def test_text_ends_where_the_model_says_that_a_text_ends(out, capsys, monkeypatc
     (["--data=recal"], "did you mean recall"), (["--seed=-1"], "must not be negative"), (["--lr=nan"], "got 'nan'"),
     (["--lr=inf"], "got 'inf'"), ([f"--steps={10 ** 30}"], "too large"), (["--warmup=2"], "between 0 and 1"),
     (["--device=cuda" if not torch.cuda.is_available() else "--device=tpu"], "there is no device"),
-    (["--width=2000000"], "parameters and .* need"), (["--batch=1000000000"], "parameters and .* need"),
+    (["--width=2000000"], "parameters need .* GB"), (["--batch=1000000000"], "a step needs .* GB"),
     (["--data=train.py"], "is not a folder of shards"), (["--data=recall:pairs=0"], "0 pairs"),
     (["--data=retain:chunk=0"], "chunks of 0"), (["--out=train.py"], "cannot write into train.py")])
 def test_a_users_mistake_is_one_sentence(tmp_path, argv, why, monkeypatch):

@@ -194,18 +194,6 @@ def test_accuracy_is_counted_by_the_distance_to_the_answer():
 
 # cost and replay
 
-def test_live_bytes_counts_what_is_alive_at_once():
-    before = torch.ones(1000)
-    with measure.LiveBytes() as live:
-        before[10:].view(-1)
-        a = torch.ones(256)
-        b = a + 1
-        b.view(16, 16)
-        del a
-        c = b * 2
-    assert live.peak == 2 * 1024 and live.now == 2 * 1024 and c.numel()
-
-
 def test_replay_holds_one_segment_however_many_there_are(name):
     """Peak bytes of a step: flat in K for replay but for states and tokens, growing for back-propagation."""
     def peak(backward, K):
