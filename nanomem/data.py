@@ -304,7 +304,10 @@ class Batch(NamedTuple):
     book: torch.Tensor       # (B,) the number of the book, -1 for none; (B, T) where books are interleaved
 
     def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        """On a device. To CUDA from pinned memory: the copy waits for nothing, so a training loop that does not wait
+        either makes this batch while the device still works on the one before."""
+        pinned = (t.pin_memory() if torch.device(device).type == "cuda" else t for t in self)
+        return Batch(*(t.to(device, non_blocking=True) for t in pinned))
 
     def elements(self, i, j):
         """Batch elements i to j - 1."""
@@ -343,6 +346,7 @@ class Loader:
             n = piece or len(tokens)
             self.pieces += [(book, i, min(i + n, len(tokens))) for i in range(1, len(tokens), n)]
         self.begun = 0                    # pieces that were begun so far, over all epochs
+        self.order = -1, None             # an epoch, and its order of the pieces
         self.cursors = [None] * cursors   # (piece, next target); None where there is nothing to read
 
     def next_piece(self):
@@ -352,7 +356,9 @@ class Loader:
             return None
         self.begun += 1
         if not self.once:
-            i = int(np.random.default_rng((self.seed, epoch)).permutation(len(self.pieces))[i])
+            if epoch != self.order[0]:    # once an epoch: there may be millions of pieces
+                self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.pieces))
+            i = int(self.order[1][i])
         return i, self.pieces[i][1]
 
     def next(self):
