@@ -222,15 +222,15 @@ def tokens_of(b, job):
 
 def measured(b, job, saved, tried):
     """What measure.py says about a job, given its checkpoint and the learning rates that were tried."""
-    device = stream.machine(b.device)[0]
+    device, dtype, _ = stream.machine(b.device)
     if job.task == "cost":
         after = sorted({n for n in suites.READ if n < b.read} | {b.read})
-        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile)
+        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile, dtype)
     if job.task == "race":
         tokenizer = BYTES["tokenizer"]
         books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
         new = untrained(b, job.model, -(-books.enc.n_vocab // 64) * 64)
-        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments)
+        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments, dtype=dtype)
     if job.task == "replay":
         return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"
