@@ -10,6 +10,7 @@ import pytest
 
 from nanomem import data
 from nanomem.cli import UserError
+from nanomem.text import Books
 
 TEXTS = [("one", "It was a dark night.\n\nAnd a long one: naïve, 42 times.\n"), ("two", "Call me Ishmael. " * 40),
          ("three", "Whale!")]
@@ -143,7 +144,7 @@ def books(*lengths):
     tokens = [1000 * b + np.arange(n + 1).astype("<u2") for b, n in enumerate(lengths)]
     ones = [1] * len(lengths)
     enc = SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256)
-    return data.Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
+    return Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
 
 
 def read(loader, n):

@@ -24,6 +24,7 @@ import train
 from nanomem import checkpoint, cli, data, stream, tasks
 from nanomem.cli import UserError
 from nanomem.models.gpt import rope, rotate
+from nanomem.shards import MAGIC
 
 from conftest import S, TINY, V, close, run, text, tiny
 
@@ -322,7 +323,7 @@ def test_llm_c_shards_are_books_that_begin_at_end_of_text(tmp_path):
         pytest.skip("no gpt2 vocabulary here")
     tokens = np.concatenate([[enc.eot_token, *enc.encode_ordinary(t)] for t in ("One book.", "And another one.")])
     header = np.zeros(256, "<i4")
-    header[:3] = data.MAGIC, 1, len(tokens)
+    header[:3] = MAGIC, 1, len(tokens)
     for split in ("train", "val"):
         (tmp_path / f"books_{split}_000001.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
     books = data.open_shards(tmp_path, "validation")
