@@ -85,7 +85,8 @@ def check_step(model, backward, dtype, B, K, accum=1, compiled=False):
             f"{(need(accum) - fixed) / 1e9:.2f} for activations and gradients")
     if need(accum) <= have:
         return said
-    fits = next((n for n in range(accum + 1, B + 1) if B % n == 0 and need(n) <= have), None) if need(B) <= have else None
+    smaller = range(accum + 1, B + 1) if need(B) <= have else ()
+    fits = next((n for n in smaller if B % n == 0 and need(n) <= have), None)
     way = f"--accum={fits} needs {need(fits) / 1e9:.2f}" if fits else \
         "--replay keeps the activations of one segment" if backward is stream.bptt and K > 1 else \
         "try a smaller --seg, --width or --layers"

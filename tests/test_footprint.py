@@ -52,11 +52,11 @@ def test_a_step_that_is_too_large_is_refused_with_what_fits(tmp_path, monkeypatc
     with pytest.raises(UserError, match="--replay keeps the activations of one segment"):
         train.main([*argv, "--overwrite"])
     monkeypatch.setattr(footprint, "available", lambda device: 1e5)
-    with pytest.raises(UserError, match="parameters need .* GB, here are .*: try a smaller --width, --layers or --vocab"):
+    with pytest.raises(UserError, match="parameters need .* GB, here are .*: try a smaller --width, --layers"):
         train.main([*argv, "--overwrite", "--width=128"])
 
 
 def test_a_compiled_step_that_might_fit_is_only_a_warning(monkeypatch):
     model = tiny("gpt")
     monkeypatch.setattr(footprint, "available", lambda device: 1e6)
-    assert footprint.check_step(model, stream.bptt, None, 64, 1, compiled=True).startswith("warning: a step needs about")
+    assert footprint.check_step(model, stream.bptt, None, 64, 1, compiled=True).startswith("warning: a step needs")

@@ -115,7 +115,7 @@ def test_no_step_waits_for_the_device_but_to_report(tmp_path):
 
     def waits(model, steps, *flags):
         with Waits() as mode:
-            go(tmp_path / f"{model}{steps}", f"--steps={steps}", "--log_interval=99", "--overwrite", *flags, model=model)
+            go(tmp_path / f"{model}{steps}", f"--steps={steps}", "--log_interval=99", *flags, model=model)
         return mode.n
     for model, flags in (("rmt", []), ("mplus", ["--replay", "--accum=2"]), ("bmojo", ["--data="])):
         assert waits(model, 2, *flags) == waits(model, 5, *flags) > 0
