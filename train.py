@@ -165,7 +165,7 @@ def main(argv):
     out = Path(run.out or f"out/{run.model}")
     if saved:
         with checkpoint.using(out / "last.pt"):
-            run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
+            run = Run(**{**saved["run"], "minutes": 0, **typed, "model": typed.get("model", saved["name"])})
             check_resume(saved, run, typed, fields)
             fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
