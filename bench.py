@@ -5,6 +5,8 @@
     python bench.py --models=rmt,rmt:mem=1:lr=1e-3,gca/topk=8
     python bench.py --data=data/pg19 --steps=5000           the same on shards
     python bench.py --suite=night --data=data/pg19          everything, with 30M parameters: a night on one GPU
+    python bench.py --suite=night --data=data/pg19 --minutes=10          the next ten minutes of it
+    python bench.py --suite=night --data=data/pg19 --dry --speed=100000  what it will do, and how long that takes
 
 Settings of a model or of train.py follow the model's name, and settings behind a slash are changed only for the test.
 The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
@@ -25,9 +27,12 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -38,7 +43,7 @@ import nanomem
 import train
 from nanomem import checkpoint, cli, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
-from nanomem.jobs import Job, describe, halves, read_result, run_all, write_result
+from nanomem.jobs import Job, TimeUp, describe, halves, read_result, relative_speeds, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
 
 
@@ -51,6 +56,9 @@ class Bench(suites.Suite):
     device: str = ""             # cpu, cuda, mps
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
     plot: bool = False           # draw pictures of books, tasks and cost (needs matplotlib)
+    minutes: float = 0           # stop after so many minutes, the same command goes on; 0: when all is done
+    dry: bool = False            # only print what would be done, in which order
+    speed: float = 0             # tokens a second of gpt's training on books, from which --dry estimates minutes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,15 +98,20 @@ def models_of(b, task):
 SHAPE = ("layers", "heads", "width", "seg")
 
 
+@cache
+def size_of(name, **fields):
+    """Number of parameters of a model; nothing is computed."""
+    with torch.device("meta"):
+        return measure.parameters(nanomem.build(name, **{"vocab": VOCAB, **fields}))
+
+
 def equal_mlp(b, model, shape):
     """{"mlp": its width}, for a model that would not have as many parameters as gpt, within 3%, and has with that MLP:
     the number of parameters grows with the width of the MLP in a straight line. Else {}."""
     name, fields, width = parts_of(model)[0], {**shape, **fields_of(model)}, shape["width"]
     if not b.equal or "mlp" in fields:
         return {}
-    count = lambda name, **fields: measure.parameters(nanomem.build(name, **{"vocab": VOCAB, **fields}))
-    with torch.device("meta"):       # nothing is computed
-        gpt, four, two = count("gpt", **shape), count(name, **fields), count(name, **fields, mlp=2 * width)
+    gpt, four, two = size_of("gpt", **shape), size_of(name, **fields), size_of(name, **fields, mlp=2 * width)
     if abs(four / gpt - 1) <= 0.03 or four == two:
         return {}
     return dict(mlp=max(8, round((4 - 2 * (four - gpt) / (four - two)) * width / 8) * 8))
@@ -153,11 +166,12 @@ def settings_of(b, job):
     return json.loads(json.dumps(found))
 
 
-NO_EFFECT = ("device", "log_interval", "eval_interval", "eval_batches")    # on the weights
+NO_EFFECT = ("device", "log_interval", "eval_interval", "eval_batches", "minutes")    # on the weights
 
 
-def trained(flags, out):
-    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one."""
+def trained(flags, out, until=math.inf):
+    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one.
+    Raises TimeUp if it is not there at the time `until`: what there is then is saved."""
     typed, fields = train.parse(flags)
     last, extra = out / "last.pt", "--overwrite"
     if last.exists():
@@ -169,36 +183,59 @@ def trained(flags, out):
                 if saved["step"] == typed["steps"]:
                     return saved
                 extra = "--resume"
+    minutes = min((until - time.time()) / 60, 1e6)
+    if minutes <= 0:
+        raise TimeUp
     with contextlib.redirect_stdout(io.StringIO()):    # what it prints is in log.csv too
-        if train.main([*flags, f"--out={out}", extra]):
+        if train.main([*flags, f"--out={out}", f"--minutes={minutes}", extra]):
             raise KeyboardInterrupt
-    return checkpoint.load(last, "checkpoint")
+    saved = checkpoint.load(last, "checkpoint")
+    if saved["step"] < typed["steps"]:
+        raise TimeUp
+    return saved
 
 
-def train_for(b, job):
+def searched(b, job):
+    """{x: the Bench with x times its learning rates, for a tenth of the steps}, for a job whose rates are searched."""
+    if job.task != "books" or not b.search or "lr" in parts_of(job.model)[1]:
+        return {}
+    return {x: replace(b, steps=max(1, b.steps // 10), lr=b.lr * float(x), muon=b.muon * float(x))
+            for x in b.search.split(",")}
+
+
+def train_for(b, job, until):
     """The checkpoint for a job and, with --search, the loss on held-out text of each learning rate that was tried for a
     tenth of the steps. The best rate is taken."""
     out, device, tried = Path(b.out) / str(job), [f"--device={b.device}"] if b.device else [], {}
-    if job.task == "books" and b.search and "lr" not in parts_of(job.model)[1]:
-        for x in b.search.split(","):
-            flags = flags_of(replace(b, steps=max(1, b.steps // 10), lr=b.lr * float(x), muon=b.muon * float(x)), job)
-            tried[x] = trained([*flags, "--eval_batches=16", *device], out.with_name(f"{out.name}-x{x}"))["best"]
+    for x, short in searched(b, job).items():
+        flags = [*flags_of(short, job), "--eval_batches=16", *device]
+        tried[x] = trained(flags, out.with_name(f"{out.name}-x{x}"), until)["best"]
+    if tried:
         best = float(min(tried, key=tried.get))
         b = replace(b, lr=b.lr * best, muon=b.muon * best)
-    return trained([*flags_of(b, job), *device], out), tried
+    return trained([*flags_of(b, job), *device], out, until), tried
+
+
+def tokens_of(b, job):
+    """Tokens that are trained on for a job, those of the search too."""
+    total = 0
+    for one in (b, *searched(b, job).values()):
+        run, fields = train.parse(flags_of(one, job))
+        total += run["steps"] * run["batch"] * run["segments"] * fields["seg"]
+    return total
 
 
 def measured(b, job, saved, tried):
     """What measure.py says about a job, given its checkpoint and the learning rates that were tried."""
-    device = stream.machine(b.device)[0]
+    device, dtype, _ = stream.machine(b.device)
     if job.task == "cost":
         after = sorted({n for n in suites.READ if n < b.read} | {b.read})
-        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile)
+        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile, dtype)
     if job.task == "race":
         tokenizer = BYTES["tokenizer"]
         books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
         new = untrained(b, job.model, -(-books.enc.n_vocab // 64) * 64)
-        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments)
+        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments, dtype=dtype)
     if job.task == "replay":
         return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"
@@ -222,10 +259,12 @@ def measured(b, job, saved, tried):
                                          training=data.open_books(b.data, "train", tokenizer)), search=tried)
 
 
-def work(b, group, command):
-    """Train once for jobs that need the same training, measure each, and write its result."""
-    saved, tried = train_for(b, group[0].training) if group[0].training else (dict(seconds=0), {})
+def work(b, group, command, until):
+    """Train once for jobs that need the same training, measure each, and write its result. Raises TimeUp."""
+    saved, tried = train_for(b, group[0].training, until) if group[0].training else (dict(seconds=0), {})
     for job in group:
+        if time.time() > until:
+            raise TimeUp
         torch.manual_seed(job.seed)
         start = time.perf_counter()
         found = measured(b, job, saved, tried)
@@ -253,31 +292,74 @@ def options(argv):
     return b, [task for task in suites.ORDER if task in names or "all" in names]
 
 
+def plan(b, groups):
+    """Print what is left to do, in order: parameters, training tokens, and minutes of training where they can be known:
+    on books, from --speed and from how fast a model was in an earlier `cost`, compared with gpt."""
+    measured_here, rows, minutes = Path(b.out) / "results", [], []
+    folder = measured_here if any(measured_here.glob("cost-gpt-*")) else Path(__file__).parent / ".github" / "results"
+    speeds = relative_speeds(folder)
+    for group in groups:
+        model, training = group[0].model, group[0].training
+        row = [f"{', '.join(job.task for job in group)} of {model}", group[0].seed]
+        if training:
+            run, fields = train.parse(flags_of(b, training))
+            task, tokens = tasks.is_task(run["data"]), tokens_of(b, training)
+            vocab = tasks.vocab_of(run["data"]) if task else vocab_of(b.data)
+            row += [size_of(run["model"], **{"vocab": -(-vocab // 64) * 64, **fields}), tokens]
+            if b.speed and not task and model in speeds:
+                row.append(tokens / b.speed / speeds[model] / 60)
+                minutes.append(row[-1])
+        rows.append(row)
+    cells = [[*row[:2], *[f"{n / 1e6:.2f}M" for n in row[2:4]], *[f"{m:.0f}" for m in row[4:]]] for row in rows]
+    print(report.table(["what", "seed", "parameters", "training tokens", "minutes"], cells))
+    print(f"\n{len(rows)} are left, with {sum(sum(row[3:4]) for row in rows) / 1e6:,.0f}M training tokens.")
+    if minutes:
+        print(f"The trainings on books need {sum(minutes):,.0f} minutes, {math.ceil(sum(minutes) / 10)} pieces of "
+              f"--minutes=10, if the models are as fast beside gpt as in {os.path.relpath(folder)}. What is measured "
+              "after a training, and the small trainings on tasks, come on top.")
+
+
+@cache
+def vocab_of(folder):
+    """The size of the vocabulary of the books."""
+    return data.open_books(folder, "train", BYTES["tokenizer"]).enc.n_vocab
+
+
 def main(argv):
     b, names = options(argv)
     command, seeds = " ".join(["python bench.py", *argv]), range(b.seed, b.seed + b.seeds)
     jobs = [Job(task, model, seed) for task in names for model in models_of(b, task)
             for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
+    left = [job for job in jobs if not read_result(b.out, job, settings_of(b, job))]
+    left.sort(key=lambda job: (job.seed, names.index(job.task), job.model not in suites.FIRST))
     groups = {}                                                          # the jobs that need the same training
-    for job in jobs:
-        if not read_result(b.out, job, settings_of(b, job)):
-            groups.setdefault(job.training, []).append(job)
-    timed = [(b, [job], command) for job in groups.pop(None, [])]        # each alone on the machine
-    trainings = [(b, group, command) for group in groups.values()]
-    cores = torch.get_num_threads() if stream.machine(b.device)[0].type == "cpu" else 1
+    for job in left:
+        groups.setdefault(job.training or job, []).append(job)
+    if b.dry:
+        plan(b, groups.values())
+        return 0
+    until = time.time() + 60 * (b.minutes or math.inf)
+    n = b.jobs or (torch.get_num_threads() if stream.machine(b.device)[0].type == "cpu" else 1)
+    calls, alone = [(b, group, command, until) for group in groups.values()], []
+    if n > 1:                                                            # what is timed is alone on the machine
+        calls, alone = ([call for call in calls if bool(call[1][0].training) == side] for side in (True, False))
     failed = []
-    with tqdm(total=len(trainings) + len(timed), unit="job") as bar:
-        for (_, group, _), error in chain(run_all(work, trainings, b.jobs or cores), run_all(work, timed, 1)):
-            if error:
+    with tqdm(total=len(groups), unit="job") as bar:
+        for (_, group, *_), error in chain(run_all(work, calls, n), run_all(work, alone, 1)):
+            if error and not isinstance(error, TimeUp):
                 said, where = describe(error)
                 failed.append(f"{group[-1].task} of {group[-1].model}: {said}")
                 bar.write(f"warning: {failed[-1]}\n{where}", sys.stderr)
             bar.set_description(group[-1].model)
-            bar.update()
+            bar.update(not isinstance(error, TimeUp))
 
     results = [found for job in jobs if (found := read_result(b.out, job, settings_of(b, job)))]
+    rest = f"{len(results)} of {len(jobs)} jobs are done: the same command goes on"
     if not results:
-        raise UserError(failed[0])
+        if failed:
+            raise UserError(failed[0])
+        print(rest)
+        return 0
     head, models = report.head(results, command), report.collect(results)
     tables = report.tables(models, {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()})
     Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n", encoding="utf-8")
@@ -285,6 +367,8 @@ def main(argv):
     print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, TASKS, b.out) if b.plot else [])]))
     if failed:
         raise UserError(f"not all of it could be measured: {'; '.join(failed)}")
+    if len(results) < len(jobs):
+        print(rest)
     return 0
 
 

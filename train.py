@@ -20,9 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 import nanomem
-from nanomem import checkpoint, cli, data, optim, stream, tasks
+from nanomem import checkpoint, cli, data, footprint, optim, stream, tasks
 from nanomem.cli import UserError
 from nanomem.models import gpt
+
+
+SAVE_EVERY = 300   # seconds between two checkpoints at most: what a kill can cost
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Run:
     resume: bool = False         # go on from last.pt of that folder
     overwrite: bool = False      # start anew in a folder that holds a run
     steps: int = 600             # optimizer steps
+    minutes: float = 0           # save and stop after so many minutes, --resume goes on; 0: when all steps are done
     batch: int = 8               # B, books side by side, on all devices together
     segments: int = 4            # K, segments in a BPTT window: how far back-propagation reaches
     interleave: int = 1          # books that a batch element alternates between
@@ -80,7 +84,7 @@ def check(run, world):
                  "eval_batches"):
         if getattr(run, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(run, name)}")
-    for name in ("muon", "lr", "decay", "clip", "seed"):
+    for name in ("minutes", "muon", "lr", "decay", "clip", "seed"):
         if getattr(run, name) < 0:
             raise UserError(f"--{name} must not be negative, got {getattr(run, name)}")
     for name in ("warmup", "cooldown"):
@@ -90,19 +94,6 @@ def check(run, world):
         raise UserError(f"--dtype is float32 or bfloat16, got {run.dtype}")
     if run.batch % (world * run.accum):
         raise UserError(f"--batch={run.batch} does not split over {world} devices x {run.accum} parts")
-
-
-def check_memory(run, fields, device):
-    """Raises UserError if weights, gradients and optimizers, or the logits of a step, cannot fit into the memory."""
-    with torch.device("meta"):
-        model = nanomem.build(run.model, **fields)
-    weights = sum(p.numel() for p in model.parameters())
-    need = 16 * weights + 8 * (run.batch // run.accum) * run.segments * model.c.seg * model.c.vocab
-    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if need > have:
-        raise UserError(f"{weights:,} parameters and {run.batch} x {run.segments} segments need {need / 1e9:,.0f} GB, "
-                        f"here are {have / 1e9:,.0f}: try a smaller width, batch, seg or vocab, or a larger --accum")
 
 
 def loaders(run, typed, seg):
@@ -174,7 +165,7 @@ def main(argv):
     out = Path(run.out or f"out/{Path(run.model).stem}")
     if saved:
         with checkpoint.using(out / "last.pt"):
-            run = Run(**{**saved["run"], **typed, "model": typed.get("model", saved["name"])})
+            run = Run(**{**saved["run"], "minutes": 0, **typed, "model": typed.get("model", saved["name"])})
             check_resume(saved, run, typed, fields)
             fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
@@ -191,7 +182,7 @@ def train(run, typed, fields, saved, out, rank, world):
     last, top = out / "last.pt", out / "best.pt"
     device, dtype, compile = stream.machine(run.device, run.dtype, run.compile)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     # the data, the model, the optimizers, and where they stopped
     torch.manual_seed(run.seed)
@@ -199,10 +190,13 @@ def train(run, typed, fields, saved, out, rank, world):
     fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number is faster; the last entries are no tokens
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
-    check_memory(run, fields, device)
+    with torch.device("meta"):                         # nothing is made yet
+        footprint.check_weights(nanomem.build(run.model, **fields), device)
     model = nanomem.build(run.model, **fields).to(device)
+    backward = stream.replay if run.replay else stream.bptt
     optimizers = optim.optimizers_of(model, run.muon, run.lr, run.decay)
     B = run.batch // world                             # batch elements of this process
+    needs = footprint.check_step(model, backward, dtype, B, run.segments, run.accum, compile)
     state, start, best, seconds = stream.detach(model.init_state(B)), 0, math.inf, 0.0
     if saved:
         with checkpoint.using(last):
@@ -219,7 +213,6 @@ def train(run, typed, fields, saved, out, rank, world):
                 state[k] = whole[rank * B:(rank + 1) * B].to(v.device).view_as(v)
             start, best, seconds = int(saved["step"]), float(saved["best"]), float(saved["seconds"])
     forward = stream.make_step(model, dtype, compile)
-    backward = stream.replay if run.replay else stream.bptt
 
     def save(step, *paths):
         """All that the next step depends on. The state's batch elements come together from all processes."""
@@ -240,12 +233,13 @@ def train(run, typed, fields, saved, out, rank, world):
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{run.model} on {run.data or 'Moby-Dick'}: {size:.2f}M parameters, "
               f"{stream.nbytes(state) / 1024:.0f} KB of state a book; {run.steps} steps of {tokens:,} tokens; "
-              f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}")
+              f"{world} x {device}, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}\n{needs}")
 
     bar = tqdm(range(start, run.steps), initial=start, total=run.steps, unit="step", desc=run.model, disable=rank > 0)
     losses, norms, clock = [], [], time.perf_counter()
+    until, saved_at, has_saved = clock + 60 * (run.minutes or math.inf), clock, bool(saved)
     with cli.catch_stop() as stop:
-        for step in bar:
+        for step in bar:                               # from here to the log, no line waits for the device
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule(run, step)
@@ -257,19 +251,21 @@ def train(run, typed, fields, saved, out, rank, world):
             for i in range(0, B, B // run.accum):
                 part = slice(i, i + B // run.accum)
                 begin = stream.reset(model, {k: v[part] for k, v in state.items()}, batch.fresh[part])
-                total, end = backward(model, forward, batch.x[part], batch.y[part], begin, 1 / targets,
-                                      share=1 / (world * run.accum))
+                total, after = backward(model, forward, batch.x[part], batch.y[part], begin, 1 / targets,
+                                        share=1 / (world * run.accum))
                 loss = loss + total / targets
-                ends.append(end)
-            state = {k: torch.cat([end[k] for end in ends]) for k in state}
-            stopped = bool(stop)
+                ends.append(after)
+            state = {k: torch.cat([after[k] for after in ends]) for k in state}
+            now = time.perf_counter()
+            stopped, saves = bool(stop) or now > until, now > saved_at + SAVE_EVERY
             if world > 1:                              # by hand: DDP expects one backward a step, replay makes K
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     dist.all_reduce(p.grad)
-                sums = torch.stack([loss, loss.new_tensor(float(stopped))])
-                dist.all_reduce(sums)
-                loss, stopped = sums[0], bool(sums[1])
+                dist.all_reduce(loss)
+                asked = torch.tensor([stopped, saves], dtype=torch.uint8)     # on the CPU: nothing waits for the device
+                dist.all_reduce(asked, dist.ReduceOp.MAX)                     # all save and stop after the same step
+                stopped, saves = asked.tolist()
             norms.append(nn.utils.clip_grad_norm_(model.parameters(), run.clip or math.inf))
             losses.append(loss)                        # a number would wait for the device
             for optimizer, _ in optimizers:
@@ -279,15 +275,14 @@ def train(run, typed, fields, saved, out, rank, world):
             # log, evaluate, save
             done = step + 1
             evaluates = done % run.eval_interval == 0 or done == run.steps
-            if not (evaluates or stopped or done % run.log_interval == 0):
+            if not (evaluates or stopped or saves or done % run.log_interval == 0):
                 continue
             losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
             for i, numbers in enumerate(zip(losses, norms)):
                 for name, v in zip(("loss", "gradient"), numbers):
                     if not math.isfinite(v):
                         raise UserError(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr"
-                                        + (f"; {last} is the last good checkpoint" if saved or done > run.eval_interval
-                                           else ""))
+                                        + (f"; {last} is the last good checkpoint" if has_saved else ""))
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent
             mean, norm, val_loss, accuracy, problem = sum(losses) / len(losses), norms[-1], None, None, None
@@ -306,12 +301,13 @@ def train(run, typed, fields, saved, out, rank, world):
                     new_log(out, start)
                 with open(out / "log.csv", "a", newline="") as f:
                     csv.writer(f).writerow([done, mean, val_loss, accuracy, rate, norm, speed, seconds / 60])
-            if evaluates or stopped:
+            if evaluates or stopped or saves:
                 better = evaluates and rank == 0 and val_loss < best
                 best = val_loss if better else best
                 save(done, *([top] if better else []), last)     # in this order: what a kill leaves is made good again
                 if top.exists() and not saved and best == math.inf and rank == 0:
                     top.unlink()                       # of the run that this one overwrites
+                has_saved, saved_at = True, time.perf_counter()
             if problem:
                 raise problem
             if stopped:
@@ -324,7 +320,7 @@ def train(run, typed, fields, saved, out, rank, world):
     finished = done == run.steps
     if rank == 0:
         print(f"saved {last}" if finished else f"stopped after {done} steps and saved: --resume goes on from {last}")
-    return 0 if finished else 130
+    return 130 if stop and not finished else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The jobs of bench.py: each has one file for its result, and several of them run side by side."""
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,6 +15,10 @@ from typing import NamedTuple
 import torch
 
 from .cli import UserError
+
+
+class TimeUp(Exception):
+    """The minutes that were given are over. What was begun is saved."""
 
 
 def halves(model):
@@ -96,3 +101,13 @@ def describe(error):
     if isinstance(error, (UserError, NotImplementedError)):
         return str(error), ""
     return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))
+
+
+def relative_speeds(folder):
+    """{model: its training speed over that of gpt}, from the results of cost in a folder."""
+    found = {}
+    for path in Path(folder).glob("cost-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            one = json.loads(path.read_text())
+            found[one["model"]] = float(one["measured"]["training_tokens_per_s"])
+    return {model: speed / found["gpt"] for model, speed in found.items() if "gpt" in found}

@@ -7,7 +7,6 @@ import math
 import platform
 import re
 import time
-import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -15,13 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import stream
 from .cli import UserError
 from .data import Loader
+from .footprint import LiveBytes
 from .optim import optimizers_of, schedule
 from .tasks import TaskLoader
 
@@ -246,33 +246,6 @@ def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruments
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once, .peak is the most, of those made inside the `with`. Eager only."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, {}
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        given = {s._cdata for s in self.storages((args, kwargs))}      # a view of an argument is nothing new
-        for storage in self.storages(out):
-            key = storage._cdata
-            if key not in self.seen and key not in given and storage.nbytes():
-                self.seen[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, key)
-        return out
-
-    @staticmethod
-    def storages(tree):
-        return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-    def drop(self, key):
-        self.now -= self.seen.pop(key, 0)
-
-
 def seconds(device, *functions, rounds=9, warm=False):
     """Seconds of each function, (functions, rounds). They are timed in turn in every round, so that a slow minute hits
     them alike and their ratio within a round can be trusted. `warm`: call each once more before it is timed, so that
@@ -333,12 +306,12 @@ class NanoGPT(nn.Module):
         return {}
 
 
-def training_step(model, batch, K, backward=stream.bptt, compile=False, muon=0.04):
+def training_step(model, batch, K, backward=stream.bptt, compile=False, muon=0.04, dtype=None):
     """A step as train.py makes it, on random tokens, as a function: forward, backward, update."""
     c, device = model.c, stream.device_of(model)
     x, y = torch.randint(c.vocab, (2, batch, K * c.seg), device=device)
     optimizers = optimizers_of(model, muon)
-    forward, state = stream.make_step(model, compile=compile), model.init_state(batch)
+    forward, state = stream.make_step(model, dtype, compile), model.init_state(batch)
 
     def step():
         backward(model, forward, x, y, stream.detach(state), 1 / x.numel())
@@ -347,6 +320,35 @@ def training_step(model, batch, K, backward=stream.bptt, compile=False, muon=0.0
             optimizer.step()
         model.zero_grad()
     return step
+
+
+def operations(model, batch, K):
+    """Floating-point operations of the matrix products of a training step, forwards and backwards, counted without
+    computing. Attention counts whole, its masked half too."""
+    meta = copy.deepcopy(model).to("meta")
+    x = torch.zeros(1, K * model.c.seg, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as count:
+        stream.bptt(meta, stream.make_step(meta), x, x, stream.detach(meta.init_state(1)), 1.0)
+    return batch * count.get_total_flops()
+
+
+def product_speed(device, dtype):
+    """Floating-point operations a second of a large matrix product: what the device can do at best."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / float(np.median(seconds(device, lambda: a @ a)))
+
+
+def peak_bytes(device, f):
+    """The most bytes that a call makes beside those that are there before: on CUDA as its allocator counts them."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        f()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as live:
+        f()
+    return live.peak
 
 
 def held_bytes(reader):
@@ -362,14 +364,17 @@ def copy_of(reader):
     return other
 
 
-def cost(model, batch, segments, after, compile=False):
-    """Speed of training, also as a multiple of that of nanoGPT's model with the same shape. And for each number of
-    tokens in `after`, when so many were read: ms a token to read on and to decode, bytes held, and the peak of bytes
-    made by reading a segment. The text is random tokens."""
+def cost(model, batch, segments, after, compile=False, dtype=None):
+    """Speed of training, also as a multiple of that of nanoGPT's model with the same shape, and as a share of the speed
+    of a large matrix product; the peak of bytes made by a training step. And for each number of tokens in `after`, when
+    so many were read: ms a token to read on and to decode, bytes held, and the peak of bytes made by reading a segment.
+    The text is random tokens."""
     c, device = model.c, stream.device_of(model)
-    steps = [training_step(model, batch, segments, compile=compile),
-             training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0)]
+    steps = [training_step(model, batch, segments, compile=compile, dtype=dtype),
+             training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0, dtype=dtype)]
     ours, theirs = seconds(device, *steps, rounds=5, warm=True)
+    eager = compile and device.type != "cuda"                # where tensors are counted, the compiler's are not seen
+    training_peak = peak_bytes(device, training_step(model, batch, segments, dtype=dtype) if eager else steps[0])
 
     book, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
     readers, held, peaks = [], [], []
@@ -390,13 +395,15 @@ def cost(model, batch, segments, after, compile=False):
     read_ms, decode_ms = 1000 * np.median(times, 2) / c.seg
     return dict(parameters=parameters(model), state_bytes=stream.nbytes(model.init_state(1)), compiled=compile,
                 training_tokens_per_s=batch * segments * c.seg / float(np.median(ours)),
-                speed_over_nanogpt=float(np.median(theirs / ours)),
+                speed_over_nanogpt=float(np.median(theirs / ours)), training_peak=training_peak,
+                share_of_product=operations(model, batch, segments) / float(np.median(ours))
+                / product_speed(device, dtype or torch.float32),
                 reading=[dict(after=n, read_ms=r, decode_ms=d, held=h, peak=p)
                          for n, r, d, h, p in zip(after, read_ms.tolist(), decode_ms.tolist(), held, peaks)],
                 **{k: float(np.median(t[-1] / t[0])) for k, t in zip(("read_growth", "decode_growth"), times)})
 
 
-def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20):
+def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20, dtype=None):
     """This model with our recipe against nanoGPT's model with its own (AdamW, warm-up, cosine to a tenth), on the same
     books, tokens and shapes, step by step in turn, so that both have the same machine. nanoGPT's segments are batch
     elements, as it has no memory. `lr` is nanoGPT's; ours is that of optim.py.
@@ -421,7 +428,7 @@ def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20):
                     group["lr"] = peak * part_of_peak(step)
             state = stream.reset(m, states[i], part.fresh)
             scale = 1 / (part.y >= 0).sum()
-            states[i] = stream.bptt(m, stream.make_step(m), part.x, part.y, state, scale)[1]
+            states[i] = stream.bptt(m, stream.make_step(m, dtype), part.x, part.y, state, scale)[1]
             nn.utils.clip_grad_norm_(m.parameters(), 1.0)
             for optimizer, _ in optimizers:
                 optimizer.step()

@@ -22,7 +22,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .cli import UserError, parse, run
-from .data import print_totals, read_text, tokenizer, write_shards
+from .data import print_totals
+from .shards import write_shards
+from .text import read_text, tokenizer
 
 BUCKET = "https://storage.googleapis.com/deepmind-gutenberg"
 HELD_OUT = dict(   # the official splits; every other book of metadata.csv is for training

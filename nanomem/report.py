@@ -210,9 +210,14 @@ def cost_tables(models):
                      lambda r: [f"{x['read_ms']:.2f} ms, {x['decode_ms']:.2f} ms, {size(x['held'])}, {size(x['peak'])}"
                                 for x in r["reading"]])
     return found + by_model("Time a token after the longest text, over that after the shortest; and training speed "
-                            "over that of nanoGPT's model, same shape, plain PyTorch", results,
-                            lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager")],
-                            lambda r: [f"{r[k]:.2f}x" for k in ("read_growth", "decode_growth", "speed_over_nanogpt")])
+                            "over that of nanoGPT's model, same shape, plain PyTorch, and over that of a large "
+                            "matrix product; peak bytes of a training step", results,
+                            lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager"),
+                                       *(["of a product", "step"] if "training_peak" in r else [])],
+                            lambda r: [f"{r['read_growth']:.2f}x", f"{r['decode_growth']:.2f}x",
+                                       f"{r['speed_over_nanogpt']:.2f}x",
+                                       *([f"{r['share_of_product']:.0%}", size(r["training_peak"])]
+                                         if "training_peak" in r else [])])
 
 
 def race_table(models):

@@ -1,11 +1,14 @@
 """bench.py on tiny settings: every task runs, nothing is done twice, and a mistake is one sentence."""
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 import bench
 import nanomem
 import train
-from nanomem import checkpoint, data, jobs, measure, pictures, suites, tasks
+from nanomem import checkpoint, data, jobs, measure, pictures, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job
 
@@ -108,6 +111,48 @@ def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeyp
     one, two = (nanomem.load(tmp_path / d / "books-rmt-1")[0].state_dict() for d in ("whole", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert measured(tmp_path / "whole", "books-rmt-1") == measured(tmp_path / "parts", "books-rmt-1")
+
+
+def test_pieces_of_a_bench_give_the_whole(tmp_path, shards, capsys, monkeypatch):
+    """With --minutes it stops, says how far it is, and the same command goes on. Its clock stands still here, so that
+    train.py gets 60 nanoseconds for each training: a step."""
+    argv = [*SMALL, "--steps=4", "--models=gpt,rmt", "--tasks=books,recall", "--search=0.5,1", f"--data={shards}"]
+    bench.main([*argv, f"--out={tmp_path / 'whole'}"])
+    monkeypatch.setattr(bench, "time", SimpleNamespace(time=lambda: 0.0, perf_counter=time.perf_counter))
+    capsys.readouterr()
+    for done in (0, 2, 2, None):                                       # two steps for recall, four for books
+        assert bench.main([*argv, f"--out={tmp_path / 'parts'}", "--minutes=1e-9"]) == 0
+        said = capsys.readouterr().out
+        assert (f"{done} of 4 jobs are done: the same command goes on" in said) == (done is not None)
+    one, two = ({job: x["measured"] for job, x in contents(tmp_path / d).items()} for d in ("whole", "parts"))
+    assert one == two
+
+
+def test_what_says_most_is_done_first(tmp_path, monkeypatch, capsys):
+    """gpt, window and full before other models, every model before another seed, and what is timed in its turn."""
+    done = []
+    monkeypatch.setattr(bench, "work", lambda b, group, *_: done.append((group[0].task, group[0].model, group[0].seed)))
+    monkeypatch.setattr(stream, "machine", lambda *_: (torch.device("cuda"), None, None))
+    with contextlib.suppress(IndexError):                                # there are no results to report
+        bench.main(["--suite=night", "--tasks=books,passage,cost", f"--out={tmp_path}"])
+    n = len(nanomem.MODELS)
+    assert done[:5] == [("books", model, 1) for model in ("gpt", "window", "full", "xl", "rmt")]
+    assert [task for task, *_ in done] == ["books"] * n + ["cost"] * n + ["books"] * n
+    assert [seed for *_, seed in done] == [1] * 2 * n + [2] * n
+
+
+def test_a_dry_run_names_the_work_its_size_and_its_time_and_does_nothing(tmp_path, shards, capsys):
+    argv = [*SMALL, "--models=gpt,rmt,rmt:mem=1", "--tasks=books,passage,recall,cost", f"--data={shards}",
+            f"--out={tmp_path}", "--search=0.5,1", "--steps=20", "--dry"]
+    jobs.write_result(tmp_path, Job("cost", "gpt", 7), measured=dict(training_tokens_per_s=100))
+    jobs.write_result(tmp_path, Job("cost", "rmt", 7), measured=dict(training_tokens_per_s=50))
+    assert bench.main([*argv, "--speed=10"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+            if line.startswith("| ")]
+    assert [row[0] for row in rows[2:5]] == [f"books, passage of {model}" for model in ("gpt", "rmt", "rmt:mem=1")]
+    tokens = (20 + 2 + 2) * 2 * 2 * 16                                   # steps, and a tenth for each rate tried
+    assert rows[2][4:] == [f"{tokens / 10 / 60:.0f}"] and rows[3][4:] == [f"{tokens / 5 / 60:.0f}"] and rows[4][4] == ""
+    assert len(rows) == 2 + 3 * 3 and not list(tmp_path.glob("*.md")) and len(contents(tmp_path)) == 2
 
 
 def test_a_file_that_is_damaged_or_of_other_settings_is_measured_again(tmp_path, shards, trainings):

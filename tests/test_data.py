@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from nanomem import data
 from nanomem.cli import UserError
+from nanomem.text import Books
 
 TEXTS = [("one", "It was a dark night.\n\nAnd a long one: naïve, 42 times.\n"), ("two", "Call me Ishmael. " * 40),
          ("three", "Whale!")]
@@ -142,7 +144,7 @@ def books(*lengths):
     tokens = [1000 * b + np.arange(n + 1).astype("<u2") for b, n in enumerate(lengths)]
     ones = [1] * len(lengths)
     enc = SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256)
-    return data.Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
+    return Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
 
 
 def read(loader, n):
@@ -196,6 +198,16 @@ def test_epochs_are_shuffled_differently_and_the_seed_decides():
         return [b.book[0].item() for b in read(data.Loader(books(*[4] * 12), B=1, T=4, seed=seed), 24)]
     assert sorted(order(1)[:12]) == sorted(order(1)[12:]) == list(range(12))
     assert order(1) == order(1) and order(1)[:12] != order(1)[12:] and order(1) != order(2)
+
+
+def test_the_loader_feeds_a_gpu_from_one_core():
+    """Above five million tokens a second of CPU time, from long books and from a hundred thousand short ones."""
+    for n, length in (40, 200_000), (100_000, 500):
+        many = books(length)
+        many.tokens *= n
+        loader, start = data.Loader(many, 16, 2048), time.process_time()
+        tokens = sum(int((batch.y >= 0).sum()) for batch in read(loader, 100))
+        assert tokens / (time.process_time() - start) > 5e6
 
 
 @pytest.mark.parametrize("G", [2, 3])

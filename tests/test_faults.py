@@ -24,6 +24,7 @@ import train
 from nanomem import checkpoint, cli, data, stream, tasks
 from nanomem.cli import UserError
 from nanomem.models.gpt import rope, rotate
+from nanomem.shards import MAGIC
 
 from conftest import S, TINY, V, close, run, text, tiny
 
@@ -306,7 +307,7 @@ def test_text_ends_where_the_model_says_that_a_text_ends(out, capsys, monkeypatc
     (["--data=recal"], "did you mean recall"), (["--seed=-1"], "must not be negative"), (["--lr=nan"], "got 'nan'"),
     (["--lr=inf"], "got 'inf'"), ([f"--steps={10 ** 30}"], "too large"), (["--warmup=2"], "between 0 and 1"),
     (["--device=cuda" if not torch.cuda.is_available() else "--device=tpu"], "there is no device"),
-    (["--width=2000000"], "parameters and .* need"), (["--batch=1000000000"], "parameters and .* need"),
+    (["--width=2000000"], "parameters need .* GB"), (["--batch=1000000000"], "a step needs .* GB"),
     (["--data=train.py"], "is not a folder of shards"), (["--data=recall:pairs=0"], "0 pairs"),
     (["--data=retain:chunk=0"], "chunks of 0"), (["--out=train.py"], "cannot write into train.py")])
 def test_a_users_mistake_is_one_sentence(tmp_path, argv, why, monkeypatch):
@@ -322,7 +323,7 @@ def test_llm_c_shards_are_books_that_begin_at_end_of_text(tmp_path):
         pytest.skip("no gpt2 vocabulary here")
     tokens = np.concatenate([[enc.eot_token, *enc.encode_ordinary(t)] for t in ("One book.", "And another one.")])
     header = np.zeros(256, "<i4")
-    header[:3] = data.MAGIC, 1, len(tokens)
+    header[:3] = MAGIC, 1, len(tokens)
     for split in ("train", "val"):
         (tmp_path / f"books_{split}_000001.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
     books = data.open_shards(tmp_path, "validation")

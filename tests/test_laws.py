@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import nanomem
 from nanomem import stream
@@ -299,8 +300,11 @@ def test_a_step_of_training_and_of_decoding_run_without_looking_at_a_number(mode
         loss, _ = way(meta, stream.make_step(meta), tokens, tokens, begin, 0.01)
         assert loss.is_meta
     assert all(p.grad.is_meta for p in meta.parameters())
+    nn.utils.clip_grad_norm_(meta.parameters(), 1.0)
     reader = stream.Reader(meta, B=2)
-    assert reader(tokens[:, :S + 1]).is_meta and reader(tokens[:, :1]).is_meta
+    assert reader(tokens[:, :2 * S - 2]).is_meta                     # a segment and more, then one token at a time:
+    for t in range(4):                                               # to the end of a segment, and on in the next one
+        assert reader(tokens[:, t:t + 1]).is_meta
 
 
 # law 9

@@ -195,18 +195,6 @@ def test_accuracy_is_counted_by_the_distance_to_the_answer():
 
 # cost and replay
 
-def test_live_bytes_counts_what_is_alive_at_once():
-    before = torch.ones(1000)
-    with measure.LiveBytes() as live:
-        before[10:].view(-1)
-        a = torch.ones(256)
-        b = a + 1
-        b.view(16, 16)
-        del a
-        c = b * 2
-    assert live.peak == 2 * 1024 and live.now == 2 * 1024 and c.numel()
-
-
 def test_replay_holds_one_segment_however_many_there_are(name):
     """Peak bytes of a step: flat in K for replay but for states and tokens, growing for back-propagation."""
     def peak(backward, K):
@@ -243,6 +231,15 @@ def test_what_is_held_does_not_grow_with_the_text():
     assert (few["after"], many["after"]) == (64, 512) and few["held"] == many["held"] > 0
     assert found["state_bytes"] > 0 and found["speed_over_nanogpt"] > 0 and found["decode_growth"] > 0
     assert measure.cost(tiny("gpt", seg=16), 2, 2, (64,))["state_bytes"] == 0
+    assert 0 < found["share_of_product"] < 1.5 and found["training_peak"] > 4 * found["parameters"]
+
+
+def test_the_operations_of_a_step_are_those_of_the_weights_and_of_attention():
+    """6 for each weight of a matrix and token, and 12 C S for each layer and token (2001.08361, section 2.1)."""
+    model, B, K = tiny("gpt"), 3, 2
+    c, weights = model.c, sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
+    each = 6 * (weights - model.embedding.weight.numel()) + 12 * c.layers * c.seg * c.width
+    assert measure.operations(model, B, K) == B * K * c.seg * each
 
 
 def test_a_race_gives_both_sides_the_same_tokens_and_its_ratios_agree():
