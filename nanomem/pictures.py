@@ -160,7 +160,8 @@ def reach_map(models, path):
     values = {name: [x["kl"] for x in r] + [None] * (len(columns) - len(r)) for name, r in results.items()}
     label = lambda v: f"{v:.0e}".replace("e+00", "").replace("e-0", "e-") if v else "0"
     heat_map(path, "How much one changed token moves later predictions: KL in nats (colours: 1e-8 to 1)",
-             list(results), columns, values, label, "d: the predictions are d to 2d - 1 tokens later", log=True, ends=(-8, 0))
+             list(results), columns, values, label, "d: the predictions are d to 2d - 1 tokens later", log=True,
+             ends=(-8, 0))
 
 
 def reading_bars(models, path):
