@@ -55,7 +55,7 @@ def predictions(model, ids, vocab):
     c, N, device = model.c, len(ids) - 1, stream.device_of(model)
     padded = F.pad(torch.tensor(ids, device=device), (0, -N % c.seg), value=ids[0])
     x, y = (t.view(-1, c.seg) for t in (padded[:-1], padded[1:]))              # (segments, S)
-    B = max(1, min(64, 2 ** 23 // (c.seg * c.vocab)))                          # 32 MB of logits in a call
+    B = max(1, min(8192 // c.seg, 2 ** 23 // (c.seg * c.vocab)))               # 8k tokens or 32 MB of logits in a call
     empty, memory, places = [], [], Places()
     for xs, ys in zip(x.split(B), y.split(B)):                                 # no segment waits for another
         logits, _ = model.extend(xs, model.read(model.init_state(len(xs))))
@@ -178,7 +178,7 @@ def write(path, model, name, enc, text, source):
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(page, encoding="utf-8")
+        scratch.write_text(page, encoding="utf-8", errors="replace")    # a file's name may be no text
         os.replace(scratch, path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from None

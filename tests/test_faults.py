@@ -360,7 +360,8 @@ def odd_flags(rng, n):
 
 
 @pytest.mark.parametrize("n", [60, pytest.param(400, marks=pytest.mark.slow)])
-def test_no_odd_flag_gives_a_traceback(tmp_path, out, n, capsys):
+def test_no_odd_flag_gives_a_traceback(tmp_path, out, n, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)                            # --look=1.5 writes a file
     found = dict(accepted=0, refused=0)
     for i, (script, flag) in enumerate(odd_flags(np.random.default_rng(n), n)):
         argv = [f"--out={tmp_path / str(i)}", "--model=rmt", *SMALL, "--steps=1", flag] if script == "train" else \
