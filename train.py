@@ -192,7 +192,7 @@ def train(run, typed, fields, saved, out, rank, world):
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
     with torch.device("meta"):                         # nothing is made yet
         footprint.check_weights(nanomem.build(run.model, **fields), device)
-    model = nanomem.build(run.model, **fields).to(device)
+    model, code = nanomem.build(run.model, **fields).to(device), nanomem.code_of(run.model)
     backward = stream.replay if run.replay else stream.bptt
     optimizers = optim.optimizers_of(model, run.muon, run.lr, run.decay)
     B = run.batch // world                             # batch elements of this process
@@ -224,7 +224,7 @@ def train(run, typed, fields, saved, out, rank, world):
         for path in paths if rank == 0 else ():
             checkpoint.save(path, "checkpoint", name=run.model, config=asdict(model.c), run=asdict(run), step=step,
                             best=best, seconds=seconds, data_hash=data_hash, weights=dict(model.state_dict()),
-                            code=nanomem.code_of(run.model),
+                            code=code,
                             optimizers=[optimizer.state_dict() for optimizer, _ in optimizers], state=whole,
                             loader=loader.state_dict(), rng=torch.get_rng_state())
 

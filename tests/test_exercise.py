@@ -11,7 +11,7 @@ import bench
 import nanomem
 import sample
 import train
-from nanomem import exercise, grade, stream
+from nanomem import cli, exercise, grade, stream
 from nanomem.cli import UserError
 from nanomem.exercise import EXERCISES, hand_out, missing
 
@@ -197,6 +197,15 @@ def test_a_file_with_another_name_is_what_it_is_said_to_be(tmp_path):
 
 
 # the path of a file is a model
+
+def test_training_an_exercise_that_is_not_solved_is_one_sentence(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, hand_out("rmt", "write"))
+    monkeypatch.setattr("sys.argv", ["train.py", f"--model={path}", f"--out={tmp_path}", *SMALL])
+    with pytest.raises(SystemExit) as end:
+        cli.run(train.main)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and said.startswith("error: not written yet: RMT.forward: one pass over [mem")
+
 
 def test_a_model_in_a_file_is_built_trained_loaded_and_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
