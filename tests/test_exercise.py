@@ -184,7 +184,7 @@ def test_a_function_that_the_file_lacks_is_not_taken_from_the_reference(tmp_path
     broken = [test for test in report["tests"] if test["test"] == "tests/test_titans.py"]
     assert broken[0]["result"] == "failed" and "cannot import name 'products'" in broken[0]["message"]
     report = grade.check(rmt(tmp_path, "    def write(self", "    def wriet(self"))
-    assert report["failed"] > 5 and not report["not_reached"]
+    assert report["failed"] >= 2 and not report["not_reached"]
 
 
 @pytest.mark.slow
