@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import checkpoint, cli, data, measure, pictures, reach, report, stream, suites, tasks
+from nanomem import checkpoint, cli, cost, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, TimeUp, describe, halves, read_result, relative_speeds, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
@@ -230,14 +230,14 @@ def measured(b, job, saved, tried):
     device, dtype, _ = stream.machine(b.device)
     if job.task == "cost":
         after = sorted({n for n in suites.READ if n < b.read} | {b.read})
-        return measure.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile, dtype)
+        return cost.cost(untrained(b, job.model).to(device), b.batch, b.segments, after, b.compile, dtype)
     if job.task == "race":
         tokenizer = BYTES["tokenizer"]
         books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
         new = untrained(b, job.model, -(-books.enc.n_vocab // 64) * 64)
-        return measure.race(new.to(device), books, held_out, b.steps, b.batch, b.segments, dtype=dtype)
+        return cost.race(new.to(device), books, held_out, b.steps, b.batch, b.segments, dtype=dtype)
     if job.task == "replay":
-        return measure.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
+        return cost.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"
     load = lambda **more: nanomem.load(last, **{**fields_of(job.model, tested=True), **more})[0].to(device).eval()
     model = load()
@@ -269,7 +269,7 @@ def work(b, group, command, until):
         start = time.perf_counter()
         found = measured(b, job, saved, tried)
         write_result(b.out, job, settings=settings_of(b, job), command=command, torch=torch.__version__,
-                     machine=measure.machine_name(stream.machine(b.device)[0]), train_minutes=saved["seconds"] / 60,
+                     machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=saved["seconds"] / 60,
                      minutes=(time.perf_counter() - start) / 60, measured=found)
 
 

@@ -155,8 +155,8 @@ def books_tables(models):
                       lambda r: [f"{part['loss']:.3f}" for part in parts(r)])
     if count > 1:
         others = {name: r for name, r in results.items() if name != base}
-        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books and seeds; ~ where it holds 0)",
-                          others, heads, lambda r: list(map(difference, parts(r), parts(results[base]))))
+        found += by_model(f"Loss minus {base}'s by position in the book (95% interval over books and seeds; ~ where it "
+                          "holds 0)", others, heads, lambda r: list(map(difference, parts(r), parts(results[base]))))
     for key, title in dict(empty="when the memory is empty", another="with another book's memory").items():
         found += by_model(f"Loss increase {title}, by position in the book",
                           {name: r for name, r in results.items() if key in r["all"]}, heads,

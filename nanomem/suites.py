@@ -28,7 +28,7 @@ class Suite:
     muon: float = 0.04           # peak learning rate of Muon on books
     search: str = ""             # multiples of both that are tried on books for a tenth of the steps: 0.5,1,2
     upto: int = 32_768           # tokens of each held-out book that are scored; 0: all
-    read: int = 65_536           # tokens before the last measurement of cost; the longest text of needle
+    read: int = 131_072          # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
     seeds: int = 1               # how many seeds, from that one on
     compile: bool = False        # compile both models whose training speed is compared

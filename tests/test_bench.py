@@ -17,7 +17,7 @@ import torch
 import bench
 import nanomem
 import train
-from nanomem import checkpoint, data, jobs, measure, pictures, stream, suites, tasks
+from nanomem import checkpoint, cost, data, jobs, measure, pictures, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job
 
@@ -270,7 +270,7 @@ def test_a_night_goes_through_in_a_minute(tmp_path, shards, monkeypatch):
             t.train, width=16, batch=2, layers=min(2, t.train["layers"]))))
     monkeypatch.setattr(measure, "passage", lambda model, books: [dict(after=0, gain=0.0, interval=0.0)])
     monkeypatch.setattr(suites, "BPTT_WINDOWS", (2, 4))
-    monkeypatch.setattr(measure.replay, "__defaults__", (1, 1))
+    monkeypatch.setattr(cost.replay, "__defaults__", (1, 1))
     argv = [*SMALL, "--suite=night", f"--data={shards}", f"--out={tmp_path}", "--seeds=1", "--models=gpt,memformer"]
     assert bench.main(argv) == 0
     found = contents(tmp_path)

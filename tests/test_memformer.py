@@ -8,8 +8,9 @@ from torch.nn import functional as F
 import nanomem
 import test_laws
 import train
-from nanomem import measure, stream, tasks
+from nanomem import cost, stream, tasks
 from nanomem.cli import UserError
+from nanomem.footprint import LiveBytes
 from nanomem.models.gpt import norm, rope
 from nanomem.optim import optimizers_of
 
@@ -274,7 +275,7 @@ def furthest(one, two):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.double, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("way", [stream.replay, measure.checkpointed], ids=["replay", "checkpoint"])
+@pytest.mark.parametrize("way", [stream.replay, cost.checkpointed], ids=["replay", "checkpoint"])
 def test_replay_and_checkpoints_are_exact(way, dtype, tolerance):
     """One batch element goes on and one begins, so that v learns from the first memory as well."""
     model = tiny("memformer").to(dtype)
@@ -322,7 +323,7 @@ def test_the_activations_of_replay_do_not_grow_and_its_buffer_is_k_memories():
     def peak(way, K):
         once = lambda: way(model, stream.make_step(model), tokens[K], tokens[K], model.init_state(2), 1.0)
         once()
-        with measure.LiveBytes() as live:
+        with LiveBytes() as live:
             once()
         return live.peak
     assert 3.7 < peak(stream.bptt, 16) / peak(stream.bptt, 4) < 4.3
@@ -358,7 +359,8 @@ def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
     """Each pair stands in segment 0 of eight, and is asked for in 4 to 7: it is learned, and remembered for fifteen.
     BPTT windows shorter than the gap are no control at chance: a reader can use what an untaught writer leaves."""
     train.main(["--model=memformer", "--data=delayed", "--layers=2", "--heads=2", "--width=64", "--seg=16",
-                "--batch=32", "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--eval_interval=125", f"--out={tmp_path}"])
+                "--batch=32", "--segments=8", "--replay", "--lr=5e-3", "--steps=125", "--eval_interval=125",
+                f"--out={tmp_path}"])
     model, right, asked = nanomem.load(tmp_path)[0], 0, 0
     for batch, _, hit in stream.evaluate(model, tasks.TaskLoader("delayed", 64, 16 * 16, seed=2), 4):
         late = batch.distance >= 4 * 16

@@ -202,9 +202,9 @@ class GPT(nn.Module):
         return {}
 
     def retrieved(self, cache):
-        """What each token of a full segment looked at in the text before, for models that choose places. Spans (B, S, n,
-        2): first token and one past the last, counted from the start of the text, -1 for none. Weights (B, S, n): the
-        share of each, at most 1 together, or nan where that is not known. None: nothing is chosen."""
+        """What each token of a full segment looked at in the text before, for models that choose places. Spans
+        (B, S, n, 2): first token and one past the last, counted from the start of the text, -1 for none. Weights
+        (B, S, n): the share of each, at most 1 together, or nan where that is not known. None: nothing is chosen."""
         return None
 
     def init_state(self, B):
