@@ -212,6 +212,7 @@ def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
     start, end   of the range of distances, in tokens
     questions    number of them
     accuracy     share of right answers
+    state_bytes  of the memory of one text
     hits         share of retrieval hits, if the model retrieves
     """
     texts = max(2, texts)
@@ -230,5 +231,6 @@ def accuracy(model, task, T, texts, batch=64, edges=(), seed=0, least=50):
     for start, end, n, right, hit in zip(bounds.tolist(), bounds[1:].tolist(), *sums[:, 1:].tolist()):
         if n >= least:
             found.append(dict(length=T, **(dict(start=start, end=end) if edges else {}), questions=int(n),
-                              accuracy=right / n, **(dict(hits=hit / n) if retrieves else {})))
+                              accuracy=right / n, state_bytes=stream.nbytes(model.init_state(1)),
+                              **(dict(hits=hit / n) if retrieves else {})))
     return found

@@ -3,7 +3,7 @@ import contextlib
 
 import numpy as np
 
-from .report import column_of, interval, range_of, reach_columns, results_of
+from .report import column_of, interval, range_of, reach_columns, results_of, state_of
 
 INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
 MOST_LINES = len(COLORS)
@@ -109,15 +109,15 @@ def bars(path, title, values, label, xlabel):
 # What bench.py draws, from models = {model: {task: what was measured, merged over seeds}}
 
 def accuracy_map(models, task, path):
-    """How much of a task each model answers, by distance or by length."""
+    """How much of a task each model answers, by distance or by length, beside the bytes of its state."""
     results = results_of(models, task)
     columns = [column_of(part) for part in max(results.values(), key=len)]
     values = {}
     for name, r in results.items():
         found = {column_of(part): part["accuracy"] for part in r}
-        values[name] = [found.get(column) for column in columns]
+        values[f"{name}  {state_of(r)}"] = [found.get(column) for column in columns]
     far = "tokens back to the answer" if "start" in next(iter(results.values()))[0] else "tokens in the text"
-    heat_map(path, f"{task}: right answers, %", list(results), columns, values, lambda v: f"{100 * v:.0f}", far,
+    heat_map(path, f"{task}: right answers, % (left: state of one text)", list(values), columns, values, lambda v: f"{100 * v:.0f}", far,
              ends=(0, 1))
 
 

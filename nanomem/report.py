@@ -197,10 +197,15 @@ def reach_table(models):
                     lambda r: [f"{kl:.2g}" for kl in (*(x["kl"] for x in r), r[0]["noise"])])
 
 
+def state_of(r):
+    """The most bytes of state of a model in a task, as text; "" in results that do not say."""
+    return size(max(part["state_bytes"] for part in r)) if "state_bytes" in r[0] else ""
+
+
 def task_table(models, task, about):
     return by_model(f"Accuracy on {task}, {about} (last line: number of questions)", results_of(models, task),
-                    lambda r: list(map(column_of, r)), lambda r: list(map(percent, r)),
-                    lambda r: [f"{part['questions']:,.0f}" for part in r])
+                    lambda r: ["state", *map(column_of, r)], lambda r: [state_of(r), *map(percent, r)],
+                    lambda r: ["", *[f"{part['questions']:,.0f}" for part in r]])
 
 
 def cost_tables(models):
