@@ -316,12 +316,28 @@ def a_needle_is_found_far_away(models):
                 far["accuracy"] > 0.95)
 
 
+def recalls_more(one, other, by=0.0):
+    """The check that a model answers more questions of recall8 from before the segment than another one, by this part
+    of all questions at least."""
+    def check(models):
+        found = [columns_of(models, name, "recall8") for name in (one, other)]
+        if all(found):
+            a, b = (np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
+                    for columns in found)
+            return f"{a:.0%} from before the segment, {other} {b:.0%}", a > b + by
+    return check
+
+
 CLAIMS = (
     ("HMT", "on interleaved books a search beats the newest memory (RMT)", search_beats_the_newest_memory),
     ("Memformer", "memory replay needs the memory of one segment, at little more time", replay_needs_one_segment),
     ("M+", "keeps 8 times longer than MemoryLLM (160k tokens, not 20k)", a_store_keeps_longer),
     ("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory", eidetic_tokens_help),
     ("GCA", "finds a needle in 1,000 times the length of training", a_needle_is_found_far_away),
+    ("Gated DeltaNet", "recalls more than Mamba-2, with a state as large", recalls_more("deltanet", "mamba")),
+    ("Infini-attention", "recalls what the segment does not hold", recalls_more("infini", "gpt", by=0.05)),
+    ("Titans", "recalls more than Gated DeltaNet", recalls_more("titans", "deltanet")),
+    ("Landmark attention", "recalls as full attention does", recalls_more("landmark", "full", by=-0.02)),
 )
 
 
