@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import nanomem
 import train
-from nanomem import checkpoint, cli, cost, data, measure, pictures, reach, report, stream, suites, tasks
+from nanomem import checkpoint, claims, cli, cost, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job, TimeUp, describe, halves, read_result, relative_speeds, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
@@ -361,7 +361,8 @@ def main(argv):
         print(rest)
         return 0
     head, models = report.head(results, command), report.collect(results)
-    tables = report.tables(models, {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()})
+    about = {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()}
+    tables = "\n\n".join(filter(None, [report.tables(models, about), *claims.claims_table(models)]))
     Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n", encoding="utf-8")
     print(f"\n{head}\n\n{tables}\n")
     print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, TASKS, b.out) if b.plot else [])]))

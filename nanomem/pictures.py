@@ -117,8 +117,8 @@ def accuracy_map(models, task, path):
         found = {column_of(part): part["accuracy"] for part in r}
         values[f"{name}  {state_of(r)}"] = [found.get(column) for column in columns]
     far = "tokens back to the answer" if "start" in next(iter(results.values()))[0] else "tokens in the text"
-    heat_map(path, f"{task}: right answers, % (left: state of one text)", list(values), columns, values, lambda v: f"{100 * v:.0f}", far,
-             ends=(0, 1))
+    heat_map(path, f"{task}: right answers, % (left: state of one text)", list(values), columns, values,
+             lambda v: f"{100 * v:.0f}", far, ends=(0, 1))
 
 
 def books_lines(models, path):

@@ -2,6 +2,7 @@
 import pytest
 
 from nanomem import report
+from nanomem.claims import claims_table
 
 
 def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
@@ -88,7 +89,7 @@ def test_a_difference_that_may_be_none_is_marked():
 
 
 def claims(models):
-    return "".join(report.claims_table(models))
+    return "".join(claims_table(models))
 
 
 def curve(*accuracies):

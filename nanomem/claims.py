@@ -1,0 +1,94 @@
+"""What the papers say, and whether it holds here, from what bench.py has measured.
+
+Each check takes {model: {task: what was measured, merged over seeds}} and returns what was found, as text, and whether
+the claim holds; or None if this was not measured.
+"""
+import numpy as np
+
+from .report import interval, table
+
+
+def columns_of(models, name, task):
+    """Of the first model whose name begins so, and whose settings were not changed for the test; or None."""
+    return next((results[task] for model, results in models.items()
+                 if model.startswith(name) and "/" not in model and results.get(task)), None)
+
+
+def search_beats_the_newest_memory(models):
+    rmt, hmt = (models.get(name, {}).get("books") for name in ("rmt", "hmt"))
+    if rmt and hmt and hmt["interleave"] > 1:
+        mean, low, high = interval(hmt["all"]["by_book"], rmt["all"]["by_book"])
+        return f"{mean:+.3f} nats ({low:+.3f} to {high:+.3f})", high < 0
+
+
+def replay_needs_one_segment(models):
+    for results in models.values():
+        if "replay" in results:
+            few, many = results["replay"]["replay"][1], results["replay"]["replay"][-1]
+            return (f"{many['peak'] / few['peak']:.2f}x the bytes at K={many['K']} as at K={few['K']}, "
+                    f"{many['time_over_bptt']:.2f}x the time", many["peak"] < 1.05 * few["peak"])
+
+
+def a_store_keeps_longer(models):
+    pool, store = (columns_of(models, name, "retain") for name in ("memoryllm", "mplus"))
+    if pool and store:
+        a, b = half_life(pool), half_life(store)
+        return f"accuracy halves after {a:.0f} and {b:.0f} tokens", b >= 8 * a
+
+
+def half_life(columns):
+    """Tokens at which the accuracy is below half of that in the first column, inf if it never is."""
+    return next((part["start"] for part in columns if part["accuracy"] < columns[0]["accuracy"] / 2), float("inf"))
+
+
+def eidetic_tokens_help(models):
+    found = [columns_of(models, name, "mqar") for name in ("mamba", "hybrid", "bmojo_f", "bmojo:state=8:eidetic=24")]
+    if all(found):
+        every = [np.average([part["accuracy"] for part in columns], weights=[part["questions"] for part in columns])
+                 for columns in found]
+        far = [columns[-1]["accuracy"] for columns in found]
+        text = lambda shares: ", ".join(f"{x:.0%}" for x in shares)
+        return f"{text(every)} of all questions; beyond the window {text(far)}", every == sorted(every)
+
+
+def a_needle_is_found_far_away(models):
+    columns = columns_of(models, "gca", "needle")
+    if columns and columns[-1]["length"] >= 64_000:
+        far = columns[-1]
+        return (f"{far['accuracy']:.0%} right, {far['hits']:.0%} retrieved in {far['length']:,} tokens",
+                far["accuracy"] > 0.95)
+
+
+def recalls_more(one, other, by=0.0):
+    """The check that a model answers more questions of recall8 from before the segment than another one, by this part
+    of all questions at least."""
+    def check(models):
+        found = [columns_of(models, name, "recall8") for name in (one, other)]
+        if all(found):
+            a, b = (np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
+                    for columns in found)
+            return f"{a:.0%} from before the segment, {other} {b:.0%}", a > b + by
+    return check
+
+
+CLAIMS = (
+    ("HMT", "on interleaved books a search beats the newest memory (RMT)", search_beats_the_newest_memory),
+    ("Memformer", "memory replay needs the memory of one segment, at little more time", replay_needs_one_segment),
+    ("M+", "keeps 8 times longer than MemoryLLM (160k tokens, not 20k)", a_store_keeps_longer),
+    ("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory", eidetic_tokens_help),
+    ("GCA", "finds a needle in 1,000 times the length of training", a_needle_is_found_far_away),
+    ("Gated DeltaNet", "recalls more than Mamba-2, with a state as large", recalls_more("deltanet", "mamba")),
+    ("Infini-attention", "recalls what the segment does not hold", recalls_more("infini", "gpt", by=0.05)),
+    ("Titans", "recalls more than Gated DeltaNet", recalls_more("titans", "deltanet")),
+    ("Landmark attention", "recalls as full attention does", recalls_more("landmark", "full", by=-0.02)),
+)
+
+
+def claims_table(models):
+    rows = []
+    for paper, says, check in CLAIMS:
+        found = check(models)
+        if found:
+            text, holds = found
+            rows.append([paper, says, text, "holds" if holds else "does not hold here"])
+    return [f"What the papers say:\n\n{table(['paper', 'says', 'found here', ''], rows)}"] if rows else []
