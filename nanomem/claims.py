@@ -60,10 +60,10 @@ def a_needle_is_found_far_away(models):
 
 
 def recalls_more(one, other, by=0.0):
-    """The check that a model answers more questions of recall8 from before the segment than another one, by this part
+    """The check that a model answers more questions of recall from before the segment than another one, by this part
     of all questions at least."""
     def check(models):
-        found = [columns_of(models, name, "recall8") for name in (one, other)]
+        found = [columns_of(models, name, "recall") for name in (one, other)]
         if all(found):
             a, b = (np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
                     for columns in found)

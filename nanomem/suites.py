@@ -85,10 +85,10 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(8, S=64, batch=8, steps=80, texts=128),
+    recall=recall(8, S=16, batch=32, steps=250, texts=512, more=":mixed=yes"),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
-    recall8=recall(8, S=32, batch=32, steps=400, texts=256, more=":mixed=yes"),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
+    recall512=recall(8, S=64, batch=8, steps=80, texts=128),
     delayed=Task(
         "by tokens since the pair was last seen: pairs in the first 16 tokens, questions from token 64 on; trained on "
         "texts of 8 segments of 16 tokens, with gradient through `segments` of them, tested on 16",

@@ -134,7 +134,7 @@ def test_a_search_beats_the_newest_memory_on_interleaved_books_or_not():
 
 
 def test_one_model_recalls_more_than_another_or_not():
-    columns = lambda *each: dict(recall8=[dict(start=i, accuracy=a, questions=q) for i, (a, q) in enumerate(each)])
+    columns = lambda *each: dict(recall=[dict(start=i, accuracy=a, questions=q) for i, (a, q) in enumerate(each)])
     models = dict(deltanet=columns((0, 9), (0.9, 30), (0.5, 10)), mamba=columns((1, 9), (0.5, 40)))
     assert "80% from before the segment, mamba 50%" in claims(models) and "does not hold" not in claims(models)
     models["deltanet"] = columns((1, 9), (0.5, 40))
