@@ -28,7 +28,7 @@ class Suite:
     muon: float = 0.04           # peak learning rate of Muon on books
     search: str = ""             # multiples of both that are tried on books for a tenth of the steps: 0.5,1,2
     upto: int = 32_768           # tokens of each held-out book that are scored; 0: all
-    read: int = 131_072          # tokens before the last measurement of cost; the longest text of needle
+    read: int = 65_536           # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
     seeds: int = 1               # how many seeds, from that one on
     compile: bool = False        # compile both models whose training speed is compared
@@ -85,7 +85,7 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(8, S=16, batch=32, steps=250, texts=512, more=":mixed=yes"),
+    recall=recall(8, S=16, batch=32, steps=200, texts=512, more=":mixed=yes"),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     recall512=recall(8, S=64, batch=8, steps=80, texts=128),
