@@ -79,13 +79,13 @@ def loss_of_words(losses, words, edges):
     edges. losses: {name: loss of each token, of each book}; the others are given as their difference to "loss"."""
     nats = {name: [np.array([x[i:j].sum() for i, j, _ in w]) for x, w in zip(each, words)]
             for name, each in losses.items()}
-    found = []
+    longest, found = max(map(len, losses["loss"])), []
     for start, end in [(0, 1), *zip(edges, edges[1:])]:
         chosen = [(w[:, 2] >= start) & (w[:, 2] < end) & np.isfinite(x) for x, w in zip(nats["loss"], words)]
         part = {name: [x[here] for x, here in zip(each, chosen)] for name, each in nats.items()}
         n, mean = sum(map(len, part["loss"])), mean_of(part["loss"])
         if n:
-            found.append(dict(start=start, end=end, words=n, loss=mean,
+            found.append(dict(start=start, end=min(end, longest), words=n, loss=mean,
                               by_book=[[float(x.sum()), len(x)] for x in part["loss"]],
                               **{name: mean_of(each) - mean for name, each in part.items() if name != "loss"}))
     return found
