@@ -182,7 +182,7 @@ def test_settings_that_cannot_be_are_refused(fields, why):
 
 @torch.no_grad()
 def test_the_cache_says_which_blocks_each_token_looked_at_and_how_much():
-    """With room for all blocks of the past, all are looked at; their shares and what stays in the segment make 1."""
+    """With a bank for all blocks of the past, all are looked at; their shares and what stays in the segment make 1."""
     model, tokens = landmark(topk=N, bank=2 * N), text(B=2, K=2)
     state = run(model, tokens[:, :S])[1]
     cache = model.extend(tokens[:, S:], model.read(state))[1]
