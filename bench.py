@@ -14,7 +14,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
     reach     how far back a model listens: how much one changed token moves later predictions, by distance
-    recall, recall2, recall32, recall512, delayed, mqar, noise, needle, needle1k, hops, retain
+    recall, recall2, recall32, recall512, recall_bytes, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
     race      time to the same loss against nanoGPT's model and recipe, both trained in turn

@@ -28,7 +28,7 @@ class Suite:
     muon: float = 0.04           # peak learning rate of Muon on books
     search: str = ""             # multiples of both that are tried on books for a tenth of the steps: 0.5,1,2
     upto: int = 32_768           # tokens of each held-out book that are scored; 0: all
-    read: int = 65_536           # tokens before the last measurement of cost; the longest text of needle
+    read: int = 16_384           # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
     seeds: int = 1               # how many seeds, from that one on
     compile: bool = False        # compile both models whose training speed is compared
@@ -130,6 +130,11 @@ TASKS = dict(
         {1024: "retain"}, texts=256, edges=(0, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024),
         models=("gpt", "memoryllm", "mplus:ask=self:query=1:store=512", "mplus:ask=self:query=1:store=64")),
 )
+TASKS["recall_bytes"] = replace(
+    TASKS["recall"], about="as recall, with states of 32 KB: " + TASKS["recall"].about,
+    models=("window:window=31", "rmt:mem=127", "hmt:bank=32", "memformer:mem=128", "memoryllm:slots=62",
+            "mplus:new=4:slots=32:store=19", "mamba:state=60", "deltanet:state=52", "infini:heads=1", "titans",
+            "bmojo_f", "bmojo:window=2:eidetic=6", "gca:bank=5", "landmark:bank=7"))
 TASKS["noise"] = replace(
     TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",
     train=dict(TASKS["mqar"].train, data="mqar:noise=yes"), tests={64: "mqar:noise=yes"},

@@ -336,7 +336,7 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books,reach,recall", f"--data={shards}", f"--out={tmp_path}",
                 "--plot"])
     drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in ("books", "memory", "recall", "reach")}
-    assert all(">rmt<" in text for text in drawn.values()) and "tokens back to the answer" in drawn["recall"]
+    assert all(">rmt" in text for text in drawn.values()) and "tokens back to the answer" in drawn["recall"]
     assert "KL in nats" in drawn["reach"] and not (tmp_path / "reach-gpt-1").exists()      # trained for books
 
 
