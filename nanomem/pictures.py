@@ -141,13 +141,13 @@ def against_bytes(models, path):
     both = {name: r for name, r in models.items() if r.get("recall") and r.get("books")}
     if len(both) < 2 or "gpt" not in both:
         return None
-    gpt = both["gpt"]["books"]["all"]["loss"]
+    gpt = both["gpt"]["books"]["all"]["by_book"]
     size = {name: r["books"]["state_bytes"] for name, r in both.items()}
     with figure(path, 9.6, 4.4, columns=2) as (left, right):
         points(left, "recall beyond the first segment, mean, %",
                {name: (size[name], 100 * np.mean([part["accuracy"] for part in r["recall"][1:]]))
                 for name, r in both.items()}, "bytes of state for one text", "right answers, %")
-        points(right, "books: gain over gpt", {name: (size[name], gpt - r["books"]["all"]["loss"])
+        points(right, "books: gain over gpt", {name: (size[name], interval(gpt, r["books"]["all"]["by_book"])[0])
                                                for name, r in both.items()}, "bytes of state for one text",
                "nats a token")
     return path

@@ -108,7 +108,7 @@ def first_table(models):
         if books:
             cells["loss"] = f"{books['all']['loss']:.3f}"
             if gpt:
-                cells["- gpt"] = f"{books['all']['loss'] - gpt['all']['loss']:+.3f}"
+                cells["- gpt"] = f"{interval(books['all']['by_book'], gpt['all']['by_book'])[0]:+.3f}"
         for i, part in enumerate(recall[:4] if recall else []):
             cells["recall " * (i == 0) + column_of(part)] = f"{part['accuracy']:.0%}"
         if books or cost:
@@ -148,9 +148,11 @@ def books_tables(models):
 
     count = results[base]["books"]
     found = by_model(f"Held-out books ({count}): size, and loss in three units", results,
-                     lambda r: ["parameters", f"to {base}'s", "state", "nats/token", "bits/byte", "word perplexity"],
-                     lambda r: [f"{r['parameters']:,.0f}", more(r), size(r["state_bytes"]), f"{r['all']['loss']:.3f}",
-                                f"{r['all']['bits_per_byte']:.3f}", f"{r['all']['word_perplexity']:.0f}"])
+                     lambda r: ["seeds", "parameters", f"to {base}'s", "state", "nats/token", "bits/byte",
+                                "word perplexity"],
+                     lambda r: [len(r["all"]["by_book"]), f"{r['parameters']:,.0f}", more(r), size(r["state_bytes"]),
+                                f"{r['all']['loss']:.3f}", f"{r['all']['bits_per_byte']:.3f}",
+                                f"{r['all']['word_perplexity']:.0f}"])
     found += by_model("Loss in nats a token by position in the book", results, heads,
                       lambda r: [f"{part['loss']:.3f}" for part in parts(r)])
     if count > 1:
