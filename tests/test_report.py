@@ -136,6 +136,9 @@ def test_one_model_recalls_more_than_another_or_not():
     assert "80% from before the segment, mamba 50%" in claims(models) and "does not hold" not in claims(models)
     models["deltanet"] = columns((1, 9), (0.5, 40))
     assert "does not hold" in claims(models)
+    same = {"deltanet:state=52": columns((0, 9), (1, 9)), "mamba:state=60": columns((0, 9), (0, 9))}
+    models.update({model: dict(recall_bytes=r["recall"]) for model, r in same.items()})
+    assert "100% from before the segment, mamba 0% (states of 32 KB)" in claims(models)
 
 
 def test_replay_stands_beside_the_paper():
