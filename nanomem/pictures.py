@@ -33,7 +33,7 @@ def heat_map(path, title, models, columns, values, label, xlabel, log=False, end
     with np.errstate(divide="ignore"):
         shade = np.where(grid > 0, np.log10(grid), np.nan) if log else grid
     low, high = ends or (np.nanmin(shade, initial=np.inf), np.nanmax(shade, initial=-np.inf))
-    with figure(path, 1.7 + 0.62 * len(columns), 1.1 + 0.27 * len(models)) as axes:
+    with figure(path, 0.5 + 0.08 * max(map(len, models)) + 0.62 * len(columns), 1.1 + 0.27 * len(models)) as axes:
         axes.imshow(shade, cmap="cividis", aspect="auto", vmin=low, vmax=high)
         for (i, j), v in np.ndenumerate(grid):
             if np.isfinite(v):
@@ -42,7 +42,7 @@ def heat_map(path, title, models, columns, values, label, xlabel, log=False, end
                 axes.text(j, i, label(v), ha="center", va="center", color=on, fontsize=9)
         axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(models)), yticklabels=models,
                  xlabel=xlabel)
-        axes.set_title(title, pad=8)
+        axes.figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
