@@ -137,19 +137,19 @@ def books_lines(models, path):
 
 
 def against_bytes(models, path):
-    """What a memory is worth against its size: far recall and the gain on books, of the models that have both."""
-    both = {name: r for name, r in models.items() if r.get("recall") and r.get("books")}
-    if len(both) < 2 or "gpt" not in both:
+    """What a memory is worth against its size in that test: far recall, and the gain over gpt on books. None without
+    gpt's books and recall of two models."""
+    recall, books = results_of(models, "recall"), results_of(models, "books")
+    if len(recall) < 2 or len(books) < 2 or "gpt" not in books:
         return None
-    gpt = both["gpt"]["books"]["all"]["by_book"]
-    size = {name: r["books"]["state_bytes"] for name, r in both.items()}
+    gpt = books["gpt"]["all"]["by_book"]
     with figure(path, 9.6, 4.4, columns=2) as (left, right):
         points(left, "recall beyond the first segment, mean, %",
-               {name: (size[name], 100 * np.mean([part["accuracy"] for part in r["recall"][1:]]))
-                for name, r in both.items()}, "bytes of state for one text", "right answers, %")
-        points(right, "books: gain over gpt", {name: (size[name], interval(gpt, r["books"]["all"]["by_book"])[0])
-                                               for name, r in both.items()}, "bytes of state for one text",
-               "nats a token")
+               {name: (max(part.get("state_bytes", 0) for part in r), 100 * np.mean([x["accuracy"] for x in r[1:]]))
+                for name, r in recall.items()}, "bytes of state for one text", "right answers, %")
+        points(right, "books: gain over gpt",
+               {name: (r["state_bytes"], interval(gpt, r["all"]["by_book"])[0]) for name, r in books.items()},
+               "bytes of state for one text", "nats a token")
     return path
 
 
