@@ -80,11 +80,12 @@ def points(axes, title, places, xlabel, ylabel):
     """A labelled point for each of {name: (bytes, value)}."""
     names, xy = list(places), np.array(list(places.values()), float)
     axes.set_xscale("symlog", base=2, linthresh=2 ** 10)
+    axes.margins(y=0.12)
     axes.scatter(xy[:, 0], xy[:, 1], color=COLORS[0], s=18)
     gap = 0.045 * max(np.ptp(xy[:, 1]), 1e-9)
     label_y = xy[:, 1].copy()
     for i in range(len(names)):                     # only labels that lie beside each other are moved apart
-        near = [j for j in range(len(names)) if abs(np.log2(xy[j, 0] + 1024) - np.log2(xy[i, 0] + 1024)) < 1.5]
+        near = [j for j in range(len(names)) if abs(np.log2(xy[j, 0] + 1024) - np.log2(xy[i, 0] + 1024)) < 2]
         label_y[i] = apart(xy[near, 1], gap)[near.index(i)]
     for name, (x, _), y in zip(names, xy, label_y):
         axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
