@@ -24,7 +24,7 @@ from .optim import optimizers_of, schedule
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruments
 
-def seconds(device, *functions, rounds=7, warm=False):
+def seconds(device, *functions, rounds=5, warm=False):
     """Seconds of each function, (functions, rounds). They are timed in turn in every round, so that a slow minute hits
     them alike and their ratio within a round can be trusted. `warm`: call each once more before it is timed, so that
     memory and caches are as it leaves them itself."""
@@ -150,7 +150,7 @@ def cost(model, batch, segments, after, compile=False, dtype=None):
     c, device = model.c, stream.device_of(model)
     steps = [training_step(model, batch, segments, compile=compile, dtype=dtype),
              training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0, dtype=dtype)]
-    ours, theirs = seconds(device, *steps, rounds=4, warm=True)
+    ours, theirs = seconds(device, *steps, rounds=3, warm=True)
     eager = compile and device.type != "cuda"                # where tensors are counted, the compiler's are not seen
     training_peak = peak_bytes(device, training_step(model, batch, segments, dtype=dtype) if eager else steps[0])
 

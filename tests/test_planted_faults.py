@@ -225,7 +225,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
          "each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_bank"),
         ("* -c.l, c.head_dim)    # (s", "* c.l, c.head_dim)    # (s",
          "the_bank_holds_the_newest_blocks_with_keys_that_count_from_their_own_beginning"),
-        ("[:, :, c.s:].clone()", "[:, :, c.s:]", "the_state_is_a_flat_dict_of_fixed_shape"),
+        ("[:, :, :, c.s:].clone()", "[:, :, :, c.s:]", "the_state_is_a_flat_dict_of_fixed_shape"),
         ("age.clamp(max=c.topk + 1) * -c.l", "age.clamp(max=c.topk + 1) * c.l",
          "if_all_blocks_are_retrieved_segments_are_one_text"),
         ('n=state["n"] + c.s', 'n=state["n"] + 1',

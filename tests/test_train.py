@@ -286,14 +286,12 @@ def test_a_process_compiles_any_number_of_models(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", nanomem.MODELS)
-@pytest.mark.parametrize("dtype, backend", [(torch.float32, "inductor"), (torch.bfloat16, "aot_eager")],
-                         ids=["float32", "bfloat16"])
-def test_compiled_is_eager(name, dtype, backend, capsys):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compiled_is_eager(name, dtype, capsys):
     """Forwards and backwards: the same loss, gradients and state types, with two graphs (one for a state that needs
-    gradient, one for a state that does not) for all segments of all windows. In bfloat16 without inductor, the last
-    stage of the compiler, which needs a minute of a CPU for each model."""
+    gradient, one for a state that does not) for all segments of all windows. A CPU needs a minute for each."""
     model, found = tiny(name, seg=8, layers=1), []
-    compiled, counter = counted_step(model, backend, dtype)
+    compiled, counter = counted_step(model, "inductor", dtype)
     for step in (stream.make_step(model, dtype), compiled):
         model.zero_grad()
         state = stream.detach(model.init_state(2))
@@ -305,7 +303,7 @@ def test_compiled_is_eager(name, dtype, backend, capsys):
         assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in model.init_state(2).items()}
     assert "warning" not in capsys.readouterr().err and 1 <= counter.frame_count <= 2
     (loss, grad), (loss2, grad2) = found
-    far = 1e-4 if dtype == torch.float32 else 0.05
+    far = 1e-4 if dtype == torch.float32 else 0.1                              # fused kernels round less often
     assert abs(loss - loss2) <= far * loss and (grad - grad2).norm() <= far * grad.norm()
 
 

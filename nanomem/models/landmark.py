@@ -16,7 +16,7 @@ from .gpt import GPT, full_precision, merge_heads, norm, rope, rotate, with_prev
 @dataclass
 class Config(gpt.Config):
     block: int = -1     # l, tokens in a block; -1 takes up to 16, and no more than a quarter of a segment
-    topk: int = 4       # k, blocks of earlier segments that each query retrieves in each head; 0 is plain GPT
+    topk: int = 4       # k, blocks of earlier segments that each query retrieves in each head
     bank: int = -1      # M, blocks that are kept, the newest; -1 keeps eight segments
     host: bool = False  # the bank lies in the CPU's memory, wherever the model is; its landmarks do not
 
@@ -49,9 +49,6 @@ def grouped(score, landmark):
 class Attention(gpt.Attention):
     """A query sees the tokens of its own block up to itself, all earlier blocks of its segment, and k of the bank."""
 
-    def keys(self, k):
-        return with_previous(k) if self.c.shift else k
-
     def forward(self, x, rope, cache, places):
         """x (B, T+n, C): T tokens, then the n landmarks of the blocks that they close. places: T, and the positions
         (T+n,) in the segment; a landmark has that of the last token of its block. -> y (B, T+n, C) and the cache."""
@@ -62,21 +59,20 @@ class Attention(gpt.Attention):
         with full_precision(x):                                                # close scores must not change places
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
             near, near_v = self.segment(q, cache, position)
-            far, far_v, picks = self.retrieve(q, cache)
-            w, far_w = torch.cat([near, far], 3).softmax(3).split([near.size(3), far.size(3)], 3)
+            far, far_v, picks, landmark = self.retrieve(q, cache)
+            score = torch.cat([near, far], 3)
+            w, far_w = score.softmax(3).split([near.size(3), far.size(3)], 3)
             values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
             y = w @ near_v + torch.einsum(f"bhtp,{values}->bhtd", far_w, far_v)
-        share = far_w.detach().unflatten(3, (-1, self.c.l)).sum(4)             # of each block that was scored
-        if far_v.ndim == 4:
-            share = share.gather(3, picks.clamp(min=0))                        # (B, H, T+n, k)
+            share = (landmark - score.logsumexp(3, keepdim=True)).exp().detach()    # of attention: that of the landmark
         for name, new in dict(picks=picks, share=share).items():
             cache[name] = torch.cat([cache[name], new[:, :, :T]], 2)
         return self.out(merge_heads(y).type_as(x)), cache
 
     def segment(self, q, cache, position):
         """The scores (B, H, T+n, P) of the segment's tokens so far, and their values. Zeros fill up the last block."""
-        k, v, l = self.keys(cache["k"]), cache["v"], self.c.l
-        k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, v))           # (B, H, P, D)
+        k, l = with_previous(cache["k"]) if self.c.shift else cache["k"], self.c.l
+        k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, cache["v"]))  # (B, H, P, D)
         blocks = torch.arange(k.size(2) // l, device=q.device)
         mark = F.pad(cache["mark"], (0, 0, 0, len(blocks) - cache["mark"].size(2)))      # an open block has none yet
         score = q @ k.mT                                                       # (B, H, T+n, P)
@@ -86,44 +82,42 @@ class Attention(gpt.Attention):
         return score.masked_fill(future, -torch.inf), v
 
     def retrieve(self, q, cache):
-        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query, and which
-        blocks these are (B, H, T+n, k), -1 for none. Few queries fetch their blocks. Many would fetch more than the
-        whole bank: they see all of it, the other blocks masked."""
+        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query. Also which
+        blocks these are, and the scores of their landmarks, (B, H, T+n, k), -inf where there is none. Few queries fetch
+        their blocks. Many would fetch more than the whole bank: they see all of it, the other blocks masked."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
         landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
-        picks = i.masked_fill(best == -torch.inf, -1)
         cos, sin = cache["place"]                                              # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
             k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
             score = torch.einsum("bhtd,bhtkld->bhtkl", q, k)
-            return grouped(score, landmark), v.flatten(3, 4), picks
+            return grouped(score, landmark), v.flatten(3, 4), i, landmark
         k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
         k = rotate(k, (cos[:, None], sin[:, None]))
         score = torch.einsum("bhtd,bhmld->bhtml", q, k)
-        landmark = torch.full_like(rank, -torch.inf).scatter(3, i, landmark)   # (B, H, T+n, M)
-        return grouped(score, landmark), v.flatten(2, 3), picks
+        others = torch.full_like(rank, -torch.inf)                             # (B, H, T+n, M)
+        return grouped(score, others.scatter(3, i, landmark)), v.flatten(2, 3), i, landmark
 
 
 class Landmark(GPT):
     """Attention finds by itself what to retrieve: the score of a landmark says how much its block is worth. All blocks
     of the segment compete, and of earlier segments the k best, for each query, head and layer.
 
-    state    n (B,) blocks so far, and of each layer l:   l.landmark (B, H, M, D) keys of the landmarks of the last M
-             blocks, the newest last   l.bank (B, H, M, l, 2D) keys and values of their tokens
+    state    n (B,) blocks so far   landmark (B, L, H, M, D) keys of the landmarks of the last M blocks, the newest last
+             bank (B, L, H, M, l, 2D) keys and values of their tokens
     read     a softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
              landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
     write    the blocks of a full segment come in, and the oldest go. Keys are rotated to their position in the block
     paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
     departs  training uses the bank too, and gradient goes through it into earlier segments (paper: single windows, in
-             which all blocks compete, as with topk=bank here). A landmark shares the position of the token before it,
-             so that tokens stand as in gpt. The last k + 1 blocks of the bank keep their distance; older ones share the
-             place of the last of these (paper: those that are retrieved are then spread out, in order). Of landmarks
-             that score the same the newest counts: in layer 0 they all have the same key
+             which all blocks compete, as with topk=bank here). A landmark has the position of the token before it, so
+             that tokens stand as in gpt. The last k + 1 blocks keep their distance; older ones share one place (paper:
+             those that are retrieved stand in order). Of equal scores the newest counts: in layer 0 all landmarks have
+             the same key
     """
-    Config = Config
-    Attention = property(lambda self: Attention if self.c.topk else gpt.Attention)
+    Config, Attention = Config, Attention
 
     def __init__(self, c):
         super().__init__(c)
@@ -135,34 +129,26 @@ class Landmark(GPT):
     def init_state(self, B):
         c, here = self.c, self.head.weight.device
         zeros = lambda *shape, device=here: torch.zeros(B, *shape, device=device)
-        layers = range(c.layers if c.topk else 0)
-        landmarks = {f"{l}.landmark": zeros(c.heads, c.M, c.head_dim) for l in layers}
-        bank = {f"{l}.bank": zeros(c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else here) for l in layers}
-        return landmarks | bank | (dict(n=zeros().long()) if c.topk else {})
+        bank = zeros(c.layers, c.heads, c.M, c.l, 2 * c.head_dim, device="cpu" if c.host else here)
+        return dict(n=zeros().long(), landmark=zeros(c.layers, c.heads, c.M, c.head_dim), bank=bank)
 
     def read(self, state):
         """For each layer: what the bank holds, and the keys and values of this segment, none so far. The newest block
         begins l tokens before the segment, the one before it 2 l; and none further away than k + 1 blocks."""
         c = self.c
-        if not c.topk:
-            return None
         age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
         place = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
         tie = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
         cache, picks = [], age.new_zeros(len(tie), c.heads, 0, c.topk)
-        for l in range(c.layers):
-            old = rotate(state[f"{l}.landmark"], place)                        # (B, H, M, D)
-            none = old[:, :, :0]
-            cache.append(dict(bank=state[f"{l}.bank"], old=old, place=place, tie=tie, k=none, v=none, mark=none,
-                              n=state["n"], picks=picks, share=picks.float()))
+        for old, bank in zip(rotate(state["landmark"], place).unbind(1), state["bank"].unbind(1)):
+            none = old[:, :, :0]                                               # (B, H, 0, D)
+            cache.append(dict(bank=bank, old=old, place=place, tie=tie, k=none, v=none, mark=none, n=state["n"],
+                              picks=picks, share=picks.float()))
         return cache
 
     def extend(self, tokens, cache):
         """The next T tokens, and behind them the landmarks of the blocks that they close."""
-        c = self.c
-        if not c.topk:
-            return super().extend(tokens, cache)
-        t, T = cache[0]["k"].size(2), tokens.size(1)
+        c, t, T = self.c, cache[0]["k"].size(2), tokens.size(1)
         token = torch.arange(t, t + T, device=tokens.device)
         last = torch.arange(t // c.l, (t + T) // c.l, device=tokens.device) * c.l + c.l - 1    # of each closed block
         x = torch.cat([self.embed(tokens), self.landmark.expand(len(tokens), len(last), -1)], 1)    # (B, T+n, C)
@@ -177,24 +163,18 @@ class Landmark(GPT):
         """For each token of this segment the blocks of the bank that it looked at in all layers and heads, as spans of
         text (B, T, L H k, 2), -1 for none, and their shares (B, T, L H k) of the attention of all heads."""
         c = self.c
-        if not c.topk:
-            return None
         picks, share = (torch.cat([layer[name] for layer in cache], 1).transpose(1, 2).flatten(2)
                         for name in ("picks", "share"))                        # (B, L H, T, k) -> (B, T, L H k)
-        block = cache[0]["n"][:, None, None] - c.M + picks
+        block = cache[0]["n"][:, None, None] - c.M + picks                     # negative: before the text
         spans = torch.stack([block, block + 1], 3) * c.l
-        return torch.where(picks[..., None] >= 0, spans, -1), share / (c.layers * c.heads)
+        return spans.where(block[..., None] >= 0, -1), share / (c.layers * c.heads)
 
     def write(self, cache, state):
-        c = self.c
-        if not c.topk:
-            return {}
-        state = dict(state, n=state["n"] + c.s)
-        newest = lambda old, new: torch.cat([old, new.to(old)], 2)[:, :, c.s:].clone()
-        cos, sin = rope(torch.arange(c.s, device=state["n"].device) * -c.l, c.head_dim)    # (s, D/2) to position 0
-        for l, (block, layer) in enumerate(zip(self.blocks, cache)):
-            k, v = (z.unflatten(2, (c.s, c.l)) for z in (block.attention.keys(layer["k"]), layer["v"]))
-            kv = torch.cat([rotate(k, (cos[:, None], sin[:, None])), v], -1)   # (B, H, s, l, 2D)
-            state[f"{l}.bank"] = newest(state[f"{l}.bank"], kv)
-            state[f"{l}.landmark"] = newest(state[f"{l}.landmark"], rotate(layer["mark"], (cos, sin)))
-        return state
+        c, new = self.c, {}
+        k, v, mark = (torch.stack([layer[name] for layer in cache], 1) for name in ("k", "v", "mark"))
+        k, v = (z.unflatten(3, (c.s, c.l)) for z in (with_previous(k) if c.shift else k, v))     # (B, L, H, s, l, D)
+        cos, sin = rope(torch.arange(c.s, device=mark.device) * -c.l, c.head_dim)    # (s, D/2) back to position 0
+        bank = torch.cat([rotate(k, (cos[:, None], sin[:, None])), v], -1)
+        for name, x in dict(landmark=rotate(mark, (cos, sin)), bank=bank).items():
+            new[name] = torch.cat([state[name], x.to(state[name])], 3)[:, :, :, c.s:].clone()
+        return dict(new, n=state["n"] + c.s)

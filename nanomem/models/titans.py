@@ -1,6 +1,8 @@
 """Titans: the memory is a small network, and writing is training it, with one step of gradient descent for each token.
 
     w weights of the memory     s momentum     theta size of a step     eta part of s that stays     alpha forgetting
+
+Mem(q) = w q, or w2 bend(q + w1 q). The lists w and s hold a matrix (B, H, D, D) for each layer of the memory.
 """
 from dataclasses import dataclass
 
@@ -25,27 +27,12 @@ class Config(gpt.Config):
         super().__post_init__()
         assert self.form in ("mac", "mag"), f"form is mac or mag, got {self.form}"
         assert self.depth in (0, 1, 2), f"depth is 0, 1 or 2, got {self.depth}"
-        for name, least in (("persist", 0), ("chunk", 1)):
-            assert getattr(self, name) >= least, f"{name} counts tokens, at least {least}, got {getattr(self, name)}"
-
-    @property
-    def hidden(self):
-        """An MLP gives up what the memory needs, so that a layer has as many parameters as a layer of GPT."""
-        C, full = self.width, self.mlp if self.mlp > 0 else 4 * self.width
-        memory = 3 * C * C + 3 * self.heads * (C + 1) + (self.persist + 1) * C
-        return max(8, (2 * C * full - memory) // (16 * C) * 8) if self.depth else full
-
-
-# Mem(q) = w q for queries q (B, H, T, D), or for a deep memory w2 bend(q + w1 q). A list w holds a matrix (B, H, D, D)
-# for each layer of the memory; so does s. Queries, keys and values have length 1, and `bend` keeps lengths near 1.
-
-def unit(x):
-    return norm(x) * x.size(-1) ** -0.5
+        assert self.persist >= 0 < self.chunk, f"persist and chunk count tokens, got {self.persist} and {self.chunk}"
 
 
 def bend(a):
-    scale = a.size(-1) ** 0.5
-    return F.silu(scale * a) / scale
+    """SiLU for vectors of length about 1. They keep it."""
+    return F.silu(a * a.size(-1) ** 0.5) / a.size(-1) ** 0.5
 
 
 def gradients(w, k, v):
@@ -71,8 +58,8 @@ def descend(w, s, q, grads, theta, eta, keep):
         s_t = eta_t s_{t-1} - theta_t d_t x_t^T              (eq. 14)
         w_t = keep_t w_{t-1} + s_t                           (eq. 13)
 
-    All gradients are taken at the weights with which the chunk began. So they are known, and both equations are linear.
-    With the products e_ti = eta_{i+1} ... eta_t and f_ti = keep_{i+1} ... keep_t,
+    All gradients are taken at the weights with which the chunk began, so both equations are linear. With the products
+    e_ti = eta_{i+1} ... eta_t and f_ti = keep_{i+1} ... keep_t,
 
         s_t = e_t0 s_0 - sum_i e_ti theta_i d_i x_i^T
         w_t = f_t0 w_0 + sum_j f_tj s_j = f_t0 w_0 + (f e)_t0 s_0 - sum_i (f e)_ti theta_i d_i x_i^T     (eq. 16, 18)
@@ -102,32 +89,29 @@ class Memory(nn.Module):
     def ask(self, x, w):
         """What a memory with weights w says to tokens x (B, T, C), eq. 15 -> (B, T, C)."""
         with full_precision(x):
-            q = unit(split_heads(self.q(x), self.c.heads)).type_as(w[0])            # (B, H, T, D)
+            q = F.normalize(split_heads(self.q(x), self.c.heads).type_as(w[0]), dim=-1)    # (B, H, T, D)
             y = bend(q + q @ w[0].mT) @ w[1].mT if len(w) == 2 else q @ w[0].mT
         return norm(merge_heads(y)).type_as(x)
 
     def write(self, x, P, memory):
         """Tokens x (B, T, C), behind P others of their segment -> Mem_t(q_t) (B, T, C) and the memory after them."""
-        c, ys, sizes = self.c, [], []
+        c, ys = self.c, []
         q, k, v = (split_heads(linear(x), c.heads) for linear in (self.q, self.k, self.v))
         line = torch.cat([memory["key"].type_as(k), k], 2)                     # with the key of the token before
         k = (with_previous(line) if c.shift else line)[:, :, 1:]
-        rates = self.rates(x)
-        while sum(sizes) < x.size(1):                                          # first fill the open chunk
-            sizes.append(min(c.chunk - (P + sum(sizes)) % c.chunk, x.size(1) - sum(sizes)))
+        cuts = tuple(range(c.chunk - P % c.chunk, x.size(1), c.chunk))         # here new chunks begin
         with full_precision(x):
             at, w, s = memory["at"], memory["w"], memory["s"]
-            q, k, v, rates = (z.type_as(w[0]) for z in (unit(q), unit(k), unit(v), rates))
-            theta, eta, alpha = (rates + self.bias.type_as(rates)).mT.chunk(3, 1)        # (B, H, T)
+            q, k, v = (F.normalize(z.type_as(w[0]), dim=-1) for z in (q, k, v))
+            theta, eta, alpha = (self.rates(x) + self.bias).type_as(w[0]).mT.chunk(3, 1)     # (B, H, T)
             eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # exp(-1e4) is 0
             theta = theta.sigmoid() * (1 - eta.exp()) * min(1, 2 / c.chunk / c.depth)
             keep = F.logsigmoid(-alpha) * c.forget
-            for q, k, v, *rates in zip(*(z.split(sizes, 2) for z in (q, k, v, theta, eta, keep))):
+            for q, k, v, *rates in zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, eta, keep))):
                 at = w if P % c.chunk == 0 else at                             # a chunk begins
                 y, w, s = descend(w, s, q, gradients(at, k, v), *rates)
                 ys, P = [*ys, y], P + y.size(2)
-        y = norm(merge_heads(torch.cat(ys, 2))).type_as(x)
-        return y, dict(memory, at=at, w=w, s=s, key=line[:, :, -1:])
+        return norm(merge_heads(torch.cat(ys, 2))).type_as(x), dict(memory, at=at, w=w, s=s, key=line[:, :, -1:])
 
 
 class TitansAttention(gpt.Attention):
@@ -135,14 +119,11 @@ class TitansAttention(gpt.Attention):
 
     def __init__(self, c):
         super().__init__(c)
-        if c.depth:
-            self.memory, self.scale = Memory(c), nn.Parameter(torch.ones(c.width))
-            self.persist = nn.Parameter(torch.randn(1, c.persist, c.width))
+        self.memory, self.scale = Memory(c), nn.Parameter(torch.ones(c.width))
+        self.persist = nn.Parameter(torch.randn(1, c.persist, c.width))
 
-    def forward(self, x, angles, past=None, mask=None):
+    def forward(self, x, angles, past, mask=None):
         """`past`: keys and values of the segment, (B, H, P, D), keys and values of what is in front of it, memory."""
-        if past is None:                                                       # no memory
-            return super().forward(x, angles)
         (k, v, *front, memory), c = past, self.c
         P, T, mac = k.size(2), x.size(1), c.form == "mac"
         longer = lambda old, new: [torch.cat([a, b.type_as(a)], 2) for a, b in zip(old, new)]
@@ -168,15 +149,14 @@ class Titans(GPT):
              memory before the segment. mag: the answer of the memory as it is after token t gates attention
     write    eq. 13 and 14 at every token: from what attention made of it (mac), or from the layer's input (mag)
     paper    Titans 2501.00663: eq. 12-15 (memory), 16-18 (chunks), 19 (persistent tokens), 21-25 (mac), 26-28 (mag)
-    departs  (where other implementations differ, too) a memory for each head; a deep one has a residual connection, or
-             it would be dead once its weights have faded to 0; queries, keys and values have length 1, and theta =
-             min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; keys take half of their
-             channels from the token before (paper: convolutions), q, k and v have no SiLU; the gate is 2 sigmoid(scale
-             norm(m)). Persistent tokens: in each layer, for attention only. mac: no token sees the answer to a later
-             one, or what its own segment wrote (eq. 25 asks the memory after it); it writes from input + output of
-             attention. mag: attention sees the segment only (sliding window)
+    departs  a memory for each head; a deep one has a residual connection, or it would be dead once its weights have
+             faded to 0; queries, keys and values have length 1, no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta)
+             sigmoid(.), or Q equal tokens would overshoot; keys take half of their channels from the token before
+             (paper: convolutions); the gate is 2 sigmoid(scale norm(m)). Persistent tokens: in each layer, for
+             attention only. mac: no token sees the answer to a later one, or what its own segment wrote (eq. 25: it
+             does); it writes from input + output of attention. mag: attention to the segment only (paper: sliding)
     """
-    Config, Attention = Config, TitansAttention
+    Config, Attention = Config, property(lambda self: TitansAttention if self.c.depth else gpt.Attention)
 
     def init_state(self, B):
         c, device = self.c, self.head.weight.device
