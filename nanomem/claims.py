@@ -9,9 +9,10 @@ from .report import interval, table
 
 
 def columns_of(models, name, task):
-    """Of the first model of this name and these settings, and maybe more, but none changed for the test; or None."""
-    return next((results[task] for model, results in models.items()
-                 if f"{model}:".startswith(f"{name}:") and "/" not in model and results.get(task)), None)
+    """Of the model of this name and these settings, else of the first that has more settings, but none changed for the
+    test; or None."""
+    return next((models[model][task] for model in sorted(models, key=lambda model: model != name)
+                 if f"{model}:".startswith(f"{name}:") and "/" not in model and models[model].get(task)), None)
 
 
 def search_beats_the_newest_memory(models):
@@ -60,6 +61,11 @@ def a_needle_is_found_far_away(models):
                 far["accuracy"] > 0.95)
 
 
+def before_the_segment(columns):
+    """The accuracy of recall where the answer stood before the segment."""
+    return np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
+
+
 def recalls_more(one, other, by=0.0):
     """The check that a model answers more questions of recall from before the segment than another one, by this part
     of all questions at least; with states of the same size where both were measured so."""
@@ -67,10 +73,18 @@ def recalls_more(one, other, by=0.0):
         for task, size in ("recall_bytes", " (states of 32 KB)"), ("recall", ""):
             found = [columns_of(models, name, task) for name in (one, other)]
             if all(found):
-                a, b = (np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
-                        for columns in found)
+                a, b = map(before_the_segment, found)
                 return f"{a:.0%} from before the segment, {other} {b:.0%}{size}", a > b + by
     return check
+
+
+def each_part_helps(models):
+    parts = "titans", "titans:momentum=no", "titans:forget=no"
+    found = [columns_of(models, name, "recall") for name in parts]
+    if all(found):
+        whole, no_momentum, no_forgetting = map(before_the_segment, found)
+        return (f"{whole:.1%} from before the segment, without momentum {no_momentum:.1%}, without forgetting "
+                f"{no_forgetting:.1%}", whole > max(no_momentum, no_forgetting))
 
 
 CLAIMS = (
@@ -83,6 +97,7 @@ CLAIMS = (
     ("Gated DeltaNet", "recalls more than Mamba-2", recalls_more("deltanet", "mamba")),
     ("Infini-attention", "recalls what the segment does not hold", recalls_more("infini", "gpt", by=0.05)),
     ("Titans", "recalls more than Gated DeltaNet", recalls_more("titans", "deltanet")),
+    ("Titans", "momentum and forgetting both help", each_part_helps),
     ("Landmark attention", "recalls as full attention does", recalls_more("landmark", "full", by=-0.02)),
 )
 

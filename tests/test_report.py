@@ -141,6 +141,15 @@ def test_one_model_recalls_more_than_another_or_not():
     assert "100% from before the segment, mamba 0% (states of 32 KB)" in claims(models)
 
 
+def test_each_part_of_titans_helps_or_not():
+    columns = lambda far: dict(recall=[dict(start=i, accuracy=a, questions=9) for i, a in enumerate((1, far))])
+    models = {"titans:momentum=no": columns(0.8), "titans:forget=no": columns(0.7), "titans": columns(0.9)}
+    assert "90.0% from before the segment, without momentum 80.0%, without forgetting 70.0%" in claims(models)
+    assert "does not hold" not in claims(models)
+    models["titans:momentum=no"] = columns(0.95)
+    assert "does not hold" in claims(models)
+
+
 def test_replay_stands_beside_the_paper():
     ways = {way: [dict(K=K, peak=peak * K ** (way == "bptt"), ms=1.0, bytes_over_bptt=0.4, time_over_bptt=1.15)
                   for K in (2, 4, 32)] for way, peak in (("bptt", 100), ("checkpointed", 100), ("replay", 100))}

@@ -289,10 +289,11 @@ def test_a_process_compiles_any_number_of_models(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compiled_is_eager(name, dtype, capsys):
     """Forwards and backwards: the same loss, gradients and state types, with two graphs (one for a state that needs
-    gradient, one for a state that does not) for all segments of all windows. A CPU needs a minute for each."""
+    gradient, one for a state that does not) for all segments of all windows. In bfloat16 the gradient may be three times
+    as far from that of float32 as without the compiler. A CPU needs a minute for each."""
     model, found = tiny(name, seg=8, layers=1), []
     compiled, counter = counted_step(model, "inductor", dtype)
-    for step in (stream.make_step(model, dtype), compiled):
+    for step in (stream.make_step(model), stream.make_step(model, dtype), compiled):
         model.zero_grad()
         state = stream.detach(model.init_state(2))
         for window in range(2):
@@ -302,9 +303,9 @@ def test_compiled_is_eager(name, dtype, capsys):
         found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
         assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in model.init_state(2).items()}
     assert "warning" not in capsys.readouterr().err and 1 <= counter.frame_count <= 2
-    (loss, grad), (loss2, grad2) = found
-    far = 1e-4 if dtype == torch.float32 else 0.1                              # fused kernels round less often
-    assert abs(loss - loss2) <= far * loss and (grad - grad2).norm() <= far * grad.norm()
+    (_, exact), (loss, grad), (loss2, grad2) = found
+    assert abs(loss - loss2) <= (1e-4 if dtype == torch.float32 else 0.01) * loss
+    assert (grad2 - exact).norm() <= 1e-4 * exact.norm() + 3 * (grad - exact).norm()
 
 
 # law 10: it learns
