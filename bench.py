@@ -1,6 +1,6 @@
 """Compare the models: train what is missing, measure, and print tables.
 
-    python bench.py                                         every model, on recall, and what it costs: twelve minutes
+    python bench.py                                         every model, on recall, and what it costs: ten minutes
     python bench.py --models=gpt,rmt --tasks=books,cost     any part of it
     python bench.py --models=rmt,rmt:mem=1:lr=1e-3,gca/topk=8
     python bench.py --data=data/pg19 --steps=5000           the same on shards

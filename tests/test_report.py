@@ -123,7 +123,7 @@ def test_a_needle_is_found_far_away_or_that_was_not_measured(length, measured):
     assert ("100% right, 100% retrieved in 65,536 tokens" in text) == measured and bool(text) == measured
 
 
-def test_a_search_beats_the_newest_memory_on_books_or_not():
+def test_a_model_beats_another_on_books_or_not():
     models = dict(rmt=dict(books=books(5.0)), hmt=dict(books=books(4.5)))
     assert "-0.500 nats a token (-0.500 to -0.500)" in claims(models) and "does not hold" not in claims(models)
     models["hmt"]["books"]["all"]["by_book"] = [[[300 * 6.0, 300], [300 * 4.0, 300]]]
