@@ -16,7 +16,7 @@ from .gpt import GPT, full_precision, merge_heads, norm, rope, rotate, with_prev
 @dataclass
 class Config(gpt.Config):
     block: int = -1     # l, tokens in a block; -1 takes up to 16, and no more than a quarter of a segment
-    topk: int = 4       # k, blocks of earlier segments that each query retrieves in each head
+    topk: int = 4       # k, earlier blocks that each query retrieves in each head. Plain GPT: topk=0, bank=0, block=seg
     bank: int = -1      # M, blocks that are kept, the newest; -1 keeps eight segments
     host: bool = False  # the bank lies in the CPU's memory, wherever the model is; its landmarks do not
 
