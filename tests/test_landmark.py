@@ -92,12 +92,12 @@ def test_each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_ba
     model, k, D = landmark(topk=3, bank=10), 3, 16
     cache = model.read(memory(model, n))[0]
     q = torch.randn(2, 2, 6, D)
-    far, v, picks, mark = model.blocks[0].attention.retrieve(q, cache)               # 18 picks: the whole bank
+    far, v, picks, mark = model.blocks[0].attention.retrieve(q, cache)         # 18 picks: the whole bank
     assert far.shape == (2, 2, 6, 10 * L) and v.shape == (2, 2, 10 * L, D)
     weight = far.exp().unflatten(3, (10, L))
     kept = min(n, 10)
     for t in range(6):
-        few, own, same, _ = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)     # 3 picks: they are fetched
+        few, own, same, _ = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)  # 3 picks: they are fetched
         assert few.shape == (2, 2, 1, k * L) and own.shape == (2, 2, 1, k * L, D)
         answer = torch.einsum("bhtp,bhtpd->bhtd", few.exp(), own)[:, :, 0]
         assert close(answer, far[:, :, t:t + 1].exp().matmul(v)[:, :, 0], 1e-5)

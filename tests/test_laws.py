@@ -38,7 +38,8 @@ LAWS = {
 OFF = dict(gpt={}, window=dict(slide=False, window=0), xl=dict(window=0), full=dict(slide=False, window=0),
            rmt=dict(mem=0, sensory=0), **{name: dict(mem=0, sensory=0) for name in ("hmt", "hmt_split")},
            memformer=dict(mem=0), memoryllm=dict(slots=0), mplus=dict(slots=0), gca=dict(topk=0, window=0),
-           landmark=dict(topk=0, bank=0, block=S), infini=dict(update="none"), titans=dict(depth=0), titans_mag=dict(depth=0),
+           landmark=dict(topk=0, bank=0, block=S), infini=dict(update="none"),
+           titans=dict(depth=0), titans_mag=dict(depth=0),
            **dict.fromkeys(("hybrid", "bmojo_f", "bmojo"), dict(mix="window", window=0)))
 
 

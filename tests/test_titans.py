@@ -205,7 +205,7 @@ def test_a_deeper_memory_is_a_larger_state_and_has_no_more_parameters():
 
 def test_settings_that_make_no_sense_are_refused():
     for fields, why in ((dict(form="mal"), "form is mac or mag, got mal"), (dict(depth=3), "depth is 0, 1 or 2, got 3"),
-                        (dict(chunk=0), "persist and chunk count tokens, got 4 and 0"),
-                        (dict(persist=-1), "persist and chunk count tokens, got -1 and 16")):
+                        (dict(chunk=0), "persist >= 0 and chunk >= 1, got 4 and 0"),
+                        (dict(persist=-1), "persist >= 0 and chunk >= 1, got -1 and 16")):
         with pytest.raises(UserError, match=why):
             nanomem.build("titans", **fields)

@@ -289,8 +289,8 @@ def test_a_process_compiles_any_number_of_models(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compiled_is_eager(name, dtype, capsys):
     """Forwards and backwards: the same loss, gradients and state types, with two graphs (one for a state that needs
-    gradient, one for a state that does not) for all segments of all windows. In bfloat16 the gradient may be three times
-    as far from that of float32 as without the compiler. A CPU needs a minute for each."""
+    gradient, one for a state that does not) for all segments of all windows. In bfloat16 the gradient may be three
+    times as far from that of float32 as without the compiler. A CPU needs a minute for each."""
     model, found = tiny(name, seg=8, layers=1), []
     compiled, counter = counted_step(model, "inductor", dtype)
     for step in (stream.make_step(model), stream.make_step(model, dtype), compiled):

@@ -27,11 +27,11 @@ class Config(gpt.Config):
         super().__post_init__()
         assert self.form in ("mac", "mag"), f"form is mac or mag, got {self.form}"
         assert self.depth in (0, 1, 2), f"depth is 0, 1 or 2, got {self.depth}"
-        assert self.persist >= 0 < self.chunk, f"persist and chunk count tokens, got {self.persist} and {self.chunk}"
+        assert self.persist >= 0 < self.chunk, f"persist >= 0 and chunk >= 1, got {self.persist} and {self.chunk}"
 
 
 def bend(a):
-    """SiLU for vectors of length about 1. They keep it."""
+    """SiLU, scaled so that a vector of length 1 keeps a length near 1."""
     return F.silu(a * a.size(-1) ** 0.5) / a.size(-1) ** 0.5
 
 
