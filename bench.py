@@ -14,6 +14,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
     reach     how far back a model listens: how much one changed token moves later predictions, by distance
+    rates     the loss of the held-out books after a tenth of the steps, with multiples of the learning rates (--search)
     recall, recall2, recall32, recall512, recall_bytes, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
@@ -22,6 +23,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
 Each task, model and seed has one small file of results, OUT/results/TASK-MODEL-SEED.json. What is there with the same
 settings is not measured again, so a comparison can be interrupted, or divided among machines: copy the files together.
+--report makes the report of what is there, and trains nothing.
 """
 import contextlib
 import importlib.util
@@ -57,6 +59,7 @@ class Bench(suites.Suite):
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
     plot: bool = False           # draw pictures of books, tasks and cost (needs matplotlib)
     minutes: float = 0           # stop after so many minutes, the same command goes on; 0: when all is done
+    report: bool = False         # train and measure nothing: only the report of what is there
     dry: bool = False            # only print what would be done, in which order
     speed: float = 0             # tokens a second of gpt's training on books, from which --dry estimates minutes
 
@@ -195,32 +198,39 @@ def trained(flags, out, until=math.inf):
     return saved
 
 
-def searched(b, job):
-    """{x: the Bench with x times its learning rates, for a tenth of the steps}, for a job whose rates are searched."""
-    if job.task != "books" or not b.search or "lr" in parts_of(job.model)[1]:
+def searched(b, training):
+    """{x: the Bench with x times its learning rates, for a tenth of the steps}, for a training with --search."""
+    if training.task != "books" or not b.search or "lr" in parts_of(training.model)[1]:
         return {}
     return {x: replace(b, steps=max(1, b.steps // 10), lr=b.lr * float(x), muon=b.muon * float(x))
             for x in b.search.split(",")}
 
 
-def train_for(b, job, until):
-    """The checkpoint for a job and, with --search, the loss on held-out text of each learning rate that was tried for a
-    tenth of the steps. The best rate is taken."""
-    out, device, tried = Path(b.out) / str(job), [f"--device={b.device}"] if b.device else [], {}
-    for x, short in searched(b, job).items():
-        flags = [*flags_of(short, job), "--eval_batches=16", *device]
-        tried[x] = trained(flags, out.with_name(f"{out.name}-x{x}"), until)["best"]
-    if tried:
-        best = float(min(tried, key=tried.get))
-        b = replace(b, lr=b.lr * best, muon=b.muon * best)
-    return trained([*flags_of(b, job), *device], out, until), tried
+def only_rates(group):
+    """Whether the short trainings of the search are all that these jobs need."""
+    return all(job.task == "rates" for job in group)
 
 
-def tokens_of(b, job):
-    """Tokens that are trained on for a job, those of the search too."""
+def train_for(b, group, until):
+    """Train for jobs that need the same training; with --search, at the best of the learning rates. Returns the
+    checkpoint, the loss on held-out text of each rate that was tried, and the seconds of all trainings."""
+    training, device = group[0].training, [f"--device={b.device}"] if b.device else []
+    out, tried, saved, seconds = Path(b.out) / str(training), {}, None, 0
+    for x, short in searched(b, training).items():
+        one = trained([*flags_of(short, training), "--eval_batches=16", *device], Path(f"{out}-x{x}"), until)
+        tried[x], seconds = one["best"], seconds + one["seconds"]
+    if not only_rates(group):
+        best = float(min(tried, key=tried.get)) if tried else 1
+        saved = trained([*flags_of(replace(b, lr=b.lr * best, muon=b.muon * best), training), *device], out, until)
+        seconds += saved["seconds"]
+    return saved, tried, seconds
+
+
+def tokens_of(b, group):
+    """Tokens that are trained on for jobs that need the same training, those of the search too."""
     total = 0
-    for one in (b, *searched(b, job).values()):
-        run, fields = train.parse(flags_of(one, job))
+    for one in (*searched(b, group[0].training).values(), *([] if only_rates(group) else [b])):
+        run, fields = train.parse(flags_of(one, group[0].training))
         total += run["steps"] * run["batch"] * run["segments"] * fields["seg"]
     return total
 
@@ -236,6 +246,8 @@ def measured(b, job, saved, tried):
         books, held_out = (data.open_books(b.data, split, tokenizer) for split in ("train", "validation"))
         new = untrained(b, job.model, -(-books.enc.n_vocab // 64) * 64)
         return cost.race(new.to(device), books, held_out, b.steps, b.batch, b.segments, dtype=dtype)
+    if job.task == "rates":
+        return tried
     if job.task == "replay":
         return cost.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
     last = Path(b.out) / str(job.training) / "last.pt"
@@ -261,7 +273,7 @@ def measured(b, job, saved, tried):
 
 def work(b, group, command, until):
     """Train once for jobs that need the same training, measure each, and write its result. Raises TimeUp."""
-    saved, tried = train_for(b, group[0].training, until) if group[0].training else (dict(seconds=0), {})
+    saved, tried, seconds = train_for(b, group, until) if group[0].training else (None, {}, 0)
     for job in group:
         if time.time() > until:
             raise TimeUp
@@ -269,7 +281,7 @@ def work(b, group, command, until):
         start = time.perf_counter()
         found = measured(b, job, saved, tried)
         write_result(b.out, job, settings=settings_of(b, job), command=command, torch=torch.__version__,
-                     machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=saved["seconds"] / 60,
+                     machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=seconds / 60,
                      minutes=(time.perf_counter() - start) / 60, measured=found)
 
 
@@ -287,9 +299,11 @@ def options(argv):
                 raise UserError(f"--{flag}={word} is none of them: {cli.nearest(word, list(known))}")
     if b.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if "rates" in names and not b.search:
+        raise UserError("--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2")
     if b.read < 2048:
         raise UserError(f"--read={b.read} is too little to compare with the cost after 1,024 tokens: at least 2048")
-    return b, [task for task in suites.ORDER if task in names or "all" in names]
+    return b, [task for task in suites.ORDER if task in names or "all" in names and (b.search or task != "rates")]
 
 
 def plan(b, groups):
@@ -303,7 +317,7 @@ def plan(b, groups):
         row = [f"{', '.join(job.task for job in group)} of {model}", group[0].seed]
         if training:
             run, fields = train.parse(flags_of(b, training))
-            task, tokens = tasks.is_task(run["data"]), tokens_of(b, training)
+            task, tokens = tasks.is_task(run["data"]), tokens_of(b, group)
             vocab = tasks.vocab_of(run["data"]) if task else vocab_of(b.data)
             row += [size_of(run["model"], **{"vocab": -(-vocab // 64) * 64, **fields}), tokens]
             if b.speed and not task and model in speeds:
@@ -338,13 +352,15 @@ def main(argv):
     if b.dry:
         plan(b, groups.values())
         return 0
+    if b.report:
+        groups = {}
     until = time.time() + 60 * (b.minutes or math.inf)
     n = b.jobs or (torch.get_num_threads() if stream.machine(b.device)[0].type == "cpu" else 1)
     calls, alone = [(b, group, command, until) for group in groups.values()], []
     if n > 1:                                                            # what is timed is alone on the machine
         calls, alone = ([call for call in calls if bool(call[1][0].training) == side] for side in (True, False))
     failed = []
-    with tqdm(total=len(groups), unit="job") as bar:
+    with tqdm(total=len(groups), unit="job", disable=not groups) as bar:
         for (_, group, *_), error in chain(run_all(work, calls, n), run_all(work, alone, 1)):
             if error and not isinstance(error, TimeUp):
                 said, where = describe(error)
@@ -354,7 +370,7 @@ def main(argv):
             bar.update(not isinstance(error, TimeUp))
 
     results = [found for job in jobs if (found := read_result(b.out, job, settings_of(b, job)))]
-    rest = f"{len(results)} of {len(jobs)} jobs are done: the same command goes on"
+    rest = f"{len(results)} of {len(jobs)} jobs are done: the same command{' without --report' * b.report} goes on"
     if not results:
         if failed:
             raise UserError(failed[0])

@@ -42,7 +42,7 @@ class Job(NamedTuple):
         """The job for which the model is trained, itself or another one; None if this one needs no training."""
         if self.task in ("cost", "race", "replay"):
             return None
-        task = "books" if self.task in ("passage", "reach") else self.task
+        task = "books" if self.task in ("passage", "reach", "rates") else self.task
         return Job(task, halves(self.model)[0], self.seed)
 
 

@@ -32,7 +32,8 @@ def head(results, command):
     """Two lines over the report: the command, and machines, seeds and minutes."""
     machines = sorted({f"{r['machine']}, torch {r['torch']}" for r in results})
     seeds = sorted({r["seed"] for r in results})
-    trained = {r["settings"].get("train"): r["train_minutes"] for r in results}     # several may share a training
+    settings = [(r["settings"].get("train"), r["settings"].get("search")) for r in results]
+    trained = {which: r["train_minutes"] for which, r in zip(settings, results)}    # several may share a training
     minutes = sum(r["minutes"] for r in results) + sum(trained.values())
     return (f"{command}\n{'; '.join(machines)}; seed {', '.join(map(str, seeds))}; {minutes:.1f} minutes, those of all "
             "processes together")
@@ -173,13 +174,16 @@ def books_tables(models):
             lambda r: [f"{x['loss']:.2f}" for x in r["words"]] if r is words[base] else
             [difference(x, y, 2) for x, y in zip(r["words"], words[base]["words"])],
             lambda r: [f"{x['words']:,.0f}" for x in r["words"]])
-    found += by_model("Loss by position in the segment", results,
-                      lambda r: [f"{x['start']}-{x['end'] - 1}" for x in r["in_segment"]],
-                      lambda r: [f"{x['loss']:.3f}" for x in r["in_segment"]])
-    return found + by_model(
-        "Loss on held-out text after a tenth of the steps, by learning rate; the best one was taken",
-        {name: r["search"] for name, r in results.items() if r.get("search")}, list,
-        lambda tried: [f"{loss:.3f}" for loss in tried.values()])
+    return found + by_model("Loss by position in the segment", results,
+                            lambda r: [f"{x['start']}-{x['end'] - 1}" for x in r["in_segment"]],
+                            lambda r: [f"{x['loss']:.3f}" for x in r["in_segment"]])
+
+
+def rates_table(models):
+    tried = {name: r.get("rates") or r.get("books", {}).get("search") for name, r in models.items()}
+    return by_model("Loss on held-out text after a tenth of the steps, by what the learning rates were multiplied with; "
+                    "the best one is taken", {name: r for name, r in tried.items() if r}, list,
+                    lambda r: [f"{loss:.3f}" for loss in r.values()])
 
 
 def passage_table(models):
@@ -256,7 +260,8 @@ def replay_table(models):
 
 def tables(models, about):
     """All tables, as text. about: {task: what its table shows}."""
-    parts = [first_table(models), *books_tables(models), *passage_table(models), *reach_table(models)]
+    parts = [first_table(models), *books_tables(models), *passage_table(models), *reach_table(models),
+             *rates_table(models)]
     for task, text in about.items():
         parts += task_table(models, task, text)
     return "\n\n".join(filter(None, [*parts, *cost_tables(models), *race_table(models), *replay_table(models)]))

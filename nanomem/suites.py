@@ -142,7 +142,7 @@ TASKS["noise"] = replace(
             "bmojo:mix=window:window=64"))
 
 FIRST = ("gpt", "window", "full")   # what says most is done first: no memory, a short one that is exact, a long one
-ORDER = ("books", "passage", "reach", *TASKS, "cost", "race", "replay")   # of the report
+ORDER = ("books", "passage", "reach", "rates", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults

@@ -78,16 +78,19 @@ def test_the_whole_bench_runs_and_runs_again_without_work(tmp_path, shards, monk
     assert contents(tmp_path / "moved") == found and len(trainings) == 6
 
 
-def test_two_folders_of_results_make_one_report(tmp_path, shards, trainings):
+def test_two_folders_of_results_make_one_report(tmp_path, shards, trainings, capsys):
     argv = [*SMALL, "--tasks=books,recall", f"--data={shards}"]
     for name in ("gpt", "rmt"):
         bench.main([*argv, f"--models={name}", f"--out={tmp_path / name}"])
     made = len(trainings)
     shutil.copytree(tmp_path / "gpt" / "results", tmp_path / "both" / "results")
     shutil.copytree(tmp_path / "rmt" / "results", tmp_path / "both" / "results", dirs_exist_ok=True)
-    bench.main([*argv, "--models=gpt,rmt", f"--out={tmp_path / 'both'}"])
+    before = contents(tmp_path / "both")
+    bench.main([*argv, "--models=gpt,xl,rmt", f"--out={tmp_path / 'both'}", "--report"])
     text = (tmp_path / "both" / "report.md").read_text()
-    assert len(trainings) == made and "Loss minus gpt's" in text and "\n| rmt " in text
+    assert len(trainings) == made and contents(tmp_path / "both") == before     # nothing is done for xl
+    assert "4 of 6 jobs are done" in capsys.readouterr().out
+    assert "Loss minus gpt's" in text and "\n| rmt " in text and "\n| xl " not in text
 
 
 def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeypatch):
@@ -216,10 +219,14 @@ def test_settings_make_a_model_of_their_own_and_seeds_are_averaged(tmp_path, sha
     assert f"{(one + two) / 2:.0%} ({min(one, two):.0%} to {max(one, two):.0%})" in (tmp_path / "report.md").read_text()
 
 
-def test_the_best_learning_rate_of_a_search_is_taken(tmp_path, shards):
-    bench.main([*SMALL, "--steps=20", "--models=gpt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}",
-                "--search=0.001,1"])
-    tried = measured(tmp_path, "books-gpt-1")["search"]
+def test_the_best_learning_rate_of_a_search_is_taken(tmp_path, shards, trainings):
+    """And a search that was already made, for a table of the rates, is not made again."""
+    argv = [*SMALL, "--steps=20", "--models=gpt", f"--data={shards}", f"--out={tmp_path}", "--search=0.001,1"]
+    bench.main([*argv, "--tasks=rates"])
+    tried = measured(tmp_path, "rates-gpt-1")
+    assert len(trainings) == 2 and f"{tried['1']:.3f} |" in (tmp_path / "report.md").read_text()
+    bench.main([*argv, "--tasks=books,rates"])
+    assert len(trainings) == 3 and tried == measured(tmp_path, "books-gpt-1")["search"]
     assert set(tried) == {"0.001", "1"} and tried["1"] < tried["0.001"]
     assert nanomem.load(tmp_path / "books-gpt-1")[1]["run"]["lr"] == 4e-3
     slow = nanomem.load(tmp_path / "books-gpt-1-x0.001")[1]["run"]
@@ -295,6 +302,7 @@ def test_every_task_asks_in_training_and_in_its_tests(task, t):
 @pytest.mark.parametrize("argv, why", [
     (["--models=gpt,xk"], "--models=xk is none of them: did you mean xl"),
     (["--tasks=book"], "--tasks=book is none of them: did you mean books"),
+    (["--tasks=books,rates"], "--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2"),
     (["--read=10"], "--read=10 is too little"), (["--step=3"], "unknown flag --step: did you mean steps"),
     (["gpt"], "takes only flags"), (["--models=gca/topp=2"], "unknown flag --topp: did you mean topk"),
     (["--models=gca/steps=2"], "unknown flag --steps"), (["--models=rmt:slots=1"], "unknown flag --slots"),
