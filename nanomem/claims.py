@@ -46,14 +46,18 @@ def half_life(columns):
     return next((part["start"] for part in columns if part["accuracy"] < columns[0]["accuracy"] / 2), float("inf"))
 
 
+def share_right(columns):
+    """The share of right answers in these columns."""
+    return np.average([x["accuracy"] for x in columns], weights=[x["questions"] for x in columns])
+
+
 def eidetic_tokens_help(models):
-    found = [columns_of(models, name, "mqar") for name in ("mamba", "hybrid", "bmojo_f", "bmojo:state=8:eidetic=24")]
+    names = "mamba", "hybrid", "bmojo_f", "bmojo:state=8:window=16:eidetic=32"
+    found = [columns_of(models, name, "mqar") for name in names]
     if all(found):
-        every = [np.average([part["accuracy"] for part in columns], weights=[part["questions"] for part in columns])
-                 for columns in found]
-        far = [columns[-1]["accuracy"] for columns in found]
+        every, far = ([share_right(columns[i:]) for columns in found] for i in (0, 1))
         text = lambda shares: ", ".join(f"{x:.0%}" for x in shares)
-        return f"{text(every)} of all questions; beyond the window {text(far)}", every == sorted(every)
+        return f"{text(every)} of all questions; beyond the window {text(far)}", every[-1] > max(every[:-1])
 
 
 def a_needle_is_found_far_away(models):
@@ -64,11 +68,6 @@ def a_needle_is_found_far_away(models):
                 far["accuracy"] > 0.95)
 
 
-def before_the_segment(columns):
-    """The accuracy of recall where the answer stood before the segment."""
-    return np.average([x["accuracy"] for x in columns[1:]], weights=[x["questions"] for x in columns[1:]])
-
-
 def recalls_more(one, other, by=0.0):
     """The check that a model answers more questions of recall from before the segment than another one, by this part
     of all questions at least; with states of the same size where both were measured so."""
@@ -76,7 +75,7 @@ def recalls_more(one, other, by=0.0):
         for task, size in ("recall_bytes", " (states of 32 KB)"), ("recall", ""):
             found = [columns_of(models, name, task) for name in (one, other)]
             if all(found):
-                a, b = map(before_the_segment, found)
+                a, b = (share_right(columns[1:]) for columns in found)
                 return f"{a:.0%} from before the segment, {other} {b:.0%}{size}", a > b + by
     return check
 
@@ -85,7 +84,7 @@ def each_part_helps(models):
     parts = "titans", "titans:momentum=no", "titans:forget=no"
     found = [columns_of(models, name, "recall") for name in parts]
     if all(found):
-        whole, no_momentum, no_forgetting = map(before_the_segment, found)
+        whole, no_momentum, no_forgetting = (share_right(columns[1:]) for columns in found)
         return (f"{whole:.1%} from before the segment, without momentum {no_momentum:.1%}, without forgetting "
                 f"{no_forgetting:.1%}", whole > max(no_momentum, no_forgetting))
 

@@ -97,13 +97,14 @@ TASKS = dict(
         models=("memformer", "memformer:segments=4", "memformer:segments=2", "memformer:segments=1", "rmt", "hmt", "xl",
                 "gpt")),
     mqar=Task(
-        "by tokens since the pair: 8 pairs, then as many questions, in texts of 64 tokens, which are one call, or "
+        "by tokens since the pair: 16 pairs, then as many questions, in texts of 128 tokens, which are one call, or "
         "segments of 16 where that is said; attention windows of 16 tokens, unless another number is said",
-        dict(SMALL, data="mqar", batch=64, segments=1, seg=64, steps=300),
-        {64: "mqar"}, texts=2048, edges=(0, 16, 64), others=":seg=16:segments=4",
-        models=("mamba:state=8", "bmojo:mix=window", "hybrid:state=8", "bmojo_f:state=8", "bmojo:state=8:eidetic=8",
-                "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
-                "bmojo:state=8:eidetic=24:select=16-48", "bmojo:mix=window:window=64")),
+        dict(SMALL, data="mqar:pairs=16", batch=32, segments=1, seg=128, steps=300),
+        {128: "mqar:pairs=16"}, texts=1024, edges=(0, 16, 32, 64, 128), others=":seg=16:segments=8",
+        models=("mamba:state=8", "bmojo:mix=window:window=16", "hybrid:state=8:window=16", "bmojo_f:state=8:window=16",
+                *[f"bmojo:state=8:window=16:eidetic={more}" for more in ("16", "32", "32:select=random",
+                                                                         "32:select=16-48")],
+                "bmojo:mix=window:window=128")),
     needle=Task(
         "by tokens in the text: trained on 64; 2 needles, each asked for 3 times, in longer texts 24 times; behind a "
         "colon the share of questions whose needle was among the 4 chunks of 4 tokens that were retrieved",
@@ -137,9 +138,7 @@ TASKS["recall_bytes"] = replace(
             "bmojo_f", "bmojo:window=2:eidetic=6", "gca:bank=5", "landmark:bank=7"))
 TASKS["noise"] = replace(
     TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",
-    train=dict(TASKS["mqar"].train, data="mqar:noise=yes"), tests={64: "mqar:noise=yes"},
-    models=("bmojo_f:state=8", "bmojo:state=8:eidetic=24", "bmojo:state=8:eidetic=24:select=random",
-            "bmojo:mix=window:window=64"))
+    train=dict(TASKS["mqar"].train, data="mqar:pairs=16:noise=yes"), tests={128: "mqar:pairs=16:noise=yes"})
 
 FIRST = ("gpt", "window", "full")   # what says most is done first: no memory, a short one that is exact, a long one
 ORDER = ("books", "passage", "reach", "rates", *TASKS, "cost", "race", "replay")   # of the report

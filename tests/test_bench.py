@@ -251,7 +251,7 @@ def test_all_models_join_a_task_in_segments_that_its_texts_are_longer_than():
     """Texts of mqar are one call for its own models; what gpt sees in one call must not be all of it."""
     models = bench.models_of(bench.Bench(models="rmt:mem=1,all"), "mqar")
     own = list(suites.TASKS["mqar"].models)
-    assert models[:1 + len(own)] == ["rmt:mem=1", *own] and "gpt:seg=16:segments=4" in models
+    assert models[:1 + len(own)] == ["rmt:mem=1", *own] and "gpt:seg=16:segments=8" in models
     assert {model.partition(":")[0] for model in models} == set(nanomem.MODELS)
 
 
@@ -309,7 +309,7 @@ def test_every_task_asks_in_training_and_in_its_tests(task, t):
     (["--models=rmt:mem"], "settings follow a name as :field=value, got :mem"),
     (["--models=rmt:mem=x"], "takes a whole number"),
     (["--suite=day"], "--suite=day is none of them: choose from laptop, night"),
-    (["--models=gpt:seg=48", "--tasks=mqar"], "gpt:seg=48: texts of 64 tokens are not whole segments of 48")])
+    (["--models=gpt:seg=48", "--tasks=mqar"], "gpt:seg=48: texts of 128 tokens are not whole segments of 48")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
     with pytest.raises(UserError, match=why):
         bench.main(argv)

@@ -109,11 +109,11 @@ def test_a_store_keeps_longer_or_not():
 def test_eidetic_tokens_help_or_not():
     answers = lambda near, far: dict(mqar=[dict(accuracy=near, questions=30), dict(accuracy=far, questions=70)])
     models = {"mamba:state=8": answers(0.24, 0.24), "hybrid:state=8": answers(1, 0.2),
-              "bmojo_f:state=8": answers(1, 0.7), "bmojo:state=8:eidetic=24": answers(1, 1),
-              "bmojo:state=8:eidetic=24:select=random": answers(0, 0)}
-    assert "24%, 44%, 79%, 100% of all questions; beyond the window 24%, 20%, 70%, 100%" in claims(models)
+              "bmojo_f:state=8": answers(1, 0.1), "bmojo:state=8:window=16:eidetic=32": answers(1, 1),
+              "bmojo:state=8:window=16:eidetic=32:select=random": answers(0, 0)}
+    assert "24%, 44%, 37%, 100% of all questions; beyond the window 24%, 20%, 10%, 100%" in claims(models)
     assert "does not hold" not in claims(models)
-    models["mamba:state=8"] = answers(0.5, 0.5)
+    models["mamba:state=8"] = answers(1, 1)
     assert "does not hold" in claims(models)
 
 
