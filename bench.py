@@ -341,7 +341,8 @@ def vocab_of(folder):
 
 def main(argv):
     b, names = options(argv)
-    command, seeds = " ".join(["python bench.py", *argv]), range(b.seed, b.seed + b.seeds)
+    command = " ".join(["python bench.py", *[flag for flag in argv if not flag.startswith("--report")]])
+    seeds = range(b.seed, b.seed + b.seeds)
     jobs = [Job(task, model, seed) for task in names for model in models_of(b, task)
             for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
     left = [job for job in jobs if not read_result(b.out, job, settings_of(b, job))]

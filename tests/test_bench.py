@@ -91,6 +91,7 @@ def test_two_folders_of_results_make_one_report(tmp_path, shards, trainings, cap
     assert len(trainings) == made and contents(tmp_path / "both") == before     # nothing is done for xl
     assert "4 of 6 jobs are done" in capsys.readouterr().out
     assert "Loss minus gpt's" in text and "\n| rmt " in text and "\n| xl " not in text
+    assert "--models=gpt,xl,rmt" in text and "--report" not in text             # it is the command that makes the rest
 
 
 def test_an_interrupted_bench_goes_on_where_it_stopped(tmp_path, shards, monkeypatch):
