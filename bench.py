@@ -326,7 +326,7 @@ def plan(b, groups):
         rows.append(row)
     cells = [[*row[:2], *[f"{n / 1e6:.2f}M" for n in row[2:4]], *[f"{m:.0f}" for m in row[4:]]] for row in rows]
     print(report.table(["what", "seed", "parameters", "training tokens", "minutes"], cells))
-    print(f"\n{len(rows)} are left, with {sum(sum(row[3:4]) for row in rows) / 1e6:,.0f}M training tokens.")
+    print(f"\n{len(rows)} are left, with {sum(sum(row[3:4]) for row in rows) / 1e6:,.1f}M training tokens.")
     if minutes:
         print(f"The trainings on books need {sum(minutes):,.0f} minutes, {math.ceil(sum(minutes) / 10)} pieces of "
               f"--minutes=10, if the models are as fast beside gpt as in {os.path.relpath(folder)}. What is measured "
