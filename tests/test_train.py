@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanomem
 import train
-from nanomem import checkpoint, data, stream, tasks
+from nanomem import checkpoint, data, optim, stream, tasks
 from nanomem.cli import UserError
 
 from conftest import tiny
@@ -135,6 +136,30 @@ def test_parts_of_a_batch_and_replay_see_the_same_gradients(tmp_path, model):
     one, *others = [gradients(tmp_path / str(i)) for i in range(4)]
     for other in others:
         assert all((a - b).norm() <= 1e-5 * a.norm() for a, b in zip(one, other))
+
+
+def test_muon_steps_as_torchs_does():
+    """torch's works in bfloat16, one matrix at a time; both leave out a matrix without gradient."""
+    begin = [torch.randn(shape) for shape in ((16, 16), (48, 16), (16, 48), (48, 16), (16, 16))]
+    ours, torchs = ([nn.Parameter(p.clone()) for p in begin] for _ in range(2))
+    sides = optim.Muon(ours, lr=0.04, weight_decay=0.1), torch.optim.Muon(torchs, lr=0.04, weight_decay=0.1)
+    for _ in range(4):
+        for p, q in list(zip(ours, torchs))[:-1]:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for side in sides:
+            side.step()
+    for start, p, q in list(zip(begin, ours, torchs))[:-1]:
+        assert (p - q).norm() < 0.03 * (q - start).norm()
+    assert torch.equal(ours[-1], begin[-1])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16)])
+def test_orthogonal_keeps_directions_and_evens_out_their_lengths(shape):
+    U, S, V = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    made = U.mT @ optim.orthogonal(U @ torch.diag_embed(S) @ V) @ V.mT
+    found = made.diagonal(dim1=1, dim2=2)
+    assert (made - torch.diag_embed(found)).abs().max() < 1e-4 and 0.6 < found.min() and found.max() < 1.3
 
 
 def test_best_and_last_are_kept_and_loadable_by_name(tmp_path):
