@@ -142,6 +142,16 @@ def test_one_model_recalls_more_than_another_or_not():
     assert "100% from before the segment, mamba 0% (states of 32 KB)" in claims(models)
 
 
+def test_gradient_through_more_segments_helps_or_not():
+    columns = lambda far: dict(delayed=[dict(start=i, accuracy=a, questions=9) for i, a in enumerate((0, far))])
+    models = {"memformer:segments=4": columns(0.6), "memformer:segments=2": columns(0.4),
+              "memformer:segments=1": columns(0.7), "memformer": columns(0.9)}
+    assert "90% of old pairs with gradient through 8 segments, 60%, 40%, 70% through 4, 2, 1" in claims(models)
+    assert "does not hold" not in claims(models)
+    models["memformer:segments=1"] = columns(1)
+    assert "does not hold" in claims(models)
+
+
 def test_each_part_of_titans_helps_or_not():
     columns = lambda far: dict(recall=[dict(start=i, accuracy=a, questions=9) for i, a in enumerate((1, far))])
     models = {"titans:momentum=no": columns(0.8), "titans:forget=no": columns(0.7), "titans": columns(0.9)}
