@@ -4,8 +4,8 @@ from torch import nn
 
 
 def orthogonal(G, rounds=5):
-    """Matrices (N, rows, columns) -> the same ones with all singular values near 1 (0.7 to 1.2), by Newton-Schulz: each
-    round is one polynomial of the matrix, which moves every singular value between 0 and 1 towards 1."""
+    """Matrices (N, rows, columns) -> the same ones with singular values between 0.7 and 1.2 (those that were nearly 0 stay
+    smaller), by Newton-Schulz: each round is one polynomial of the matrix, which moves every value towards 1."""
     a, b, c = 3.4445, -4.7750, 2.0315                # Jordan et al.: steep at 0, so that few rounds are enough
     X = G.bfloat16() if G.is_cuda else G             # most CPUs are slow in bfloat16
     X = X.mT if G.shape[1] > G.shape[2] else X       # the smaller product
@@ -32,7 +32,7 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in by_shape.items():
-                ahead = []                           # Nesterov: the gradient and the momentum after it
+                ahead = []                           # Nesterov: the gradient joins the momentum that it has changed
                 for p in matrices:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
