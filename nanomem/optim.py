@@ -4,8 +4,8 @@ from torch import nn
 
 
 def orthogonal(G, rounds=5):
-    """Matrices (N, rows, columns) -> the same ones with singular values between 0.7 and 1.2 (those that were nearly 0 stay
-    smaller), by Newton-Schulz: each round is one polynomial of the matrix, which moves every value towards 1."""
+    """Matrices (N, rows, columns) -> the same ones with singular values between 0.7 and 1.2 (those near 0 stay small),
+    by Newton-Schulz: each round is one polynomial of the matrix, which moves every value towards 1."""
     a, b, c = 3.4445, -4.7750, 2.0315                # Jordan et al.: steep at 0, so that few rounds are enough
     X = G.bfloat16() if G.is_cuda else G             # most CPUs are slow in bfloat16
     X = X.mT if G.shape[1] > G.shape[2] else X       # the smaller product
@@ -20,9 +20,9 @@ class Muon(torch.optim.Muon):
     """Muon (Jordan et al., 2024): a matrix moves by its momentum with all singular values made equal, so that rare
     directions are learned as fast as frequent ones.
 
-    torch's own step takes the matrices one by one and always in bfloat16. Many CPUs have no instructions for that: there
-    it takes as long as the rest of a small training step. This one takes all matrices of a shape together, and float32
-    on a CPU."""
+    torch's own step takes the matrices one by one and always in bfloat16. Many CPUs have no instructions for that, and
+    spend more time in it than in the rest of a small training step. This one takes all matrices of a shape together,
+    on a CPU in float32."""
 
     @torch.no_grad()
     def step(self):
