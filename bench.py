@@ -88,6 +88,8 @@ def models_of(b, task):
     every = made_for + [name + (t.others if t else "") for name in others]
     typed = [word.strip() for word in b.models.split(",") if word.strip()]
     models = [model for word in typed for model in (every if word == "all" else [word])] or made_for or every
+    if task == "rates":   # a model with a rate of its own needs no search
+        models = [model for model in models if "lr" not in parts_of(model)[1]]
     for model in models:
         name = parts_of(model)[0]
         if name not in nanomem.MODELS and not name.endswith(".py"):
@@ -301,8 +303,9 @@ def options(argv):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if "rates" in names and not b.search:
         raise UserError("--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2")
-    if b.read < 2048:
-        raise UserError(f"--read={b.read} is too little to compare with the cost after 1,024 tokens: at least 2048")
+    for flag, least in dict(seeds=1, jobs=0, read=2048).items():   # read: cost is compared with that after 1,024 tokens
+        if getattr(b, flag) < least:
+            raise UserError(f"--{flag}={getattr(b, flag)} is too little: at least {least}")
     return b, [task for task in suites.ORDER if task in names or "all" in names and (b.search or task != "rates")]
 
 
@@ -345,6 +348,8 @@ def main(argv):
     seeds = range(b.seed, b.seed + b.seeds)
     jobs = [Job(task, model, seed) for task in names for model in models_of(b, task)
             for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
+    if not jobs:
+        raise UserError("nothing to do: --tasks=rates is for models without a learning rate of their own")
     left = [job for job in jobs if not read_result(b.out, job, settings_of(b, job))]
     left.sort(key=lambda job: (job.seed, names.index(job.task), job.model not in suites.FIRST))
     groups = {}                                                          # the jobs that need the same training
