@@ -74,8 +74,9 @@ def size(n):
 
 
 def range_of(part):
-    """The head of a column of books: a range of positions."""
-    return "-".join(f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in (part["start"], part["end"]))
+    """The head of a column of books: a range of positions or distances; one that ends nowhere is "4k and more"."""
+    ends = [f"{n / 1024:.0f}k" if n >= 1024 else str(n) for n in (part["start"], part["end"])]
+    return "-".join(ends) if part["end"] < 1 << 40 else f"{ends[0]} and more"
 
 
 def column_of(part):

@@ -20,6 +20,11 @@ def test_an_interval_is_as_wide_as_the_seeds_differ():
     assert (mean, low, high) == (-0.75, -1.0, -0.5)
 
 
+@pytest.mark.parametrize("start, end, said", [(0, 512, "0-512"), (512, 1024, "512-1k"), (4096, 1 << 40, "4k and more")])
+def test_a_column_says_where_it_begins_and_ends(start, end, said):
+    assert report.range_of(dict(start=start, end=end)) == said
+
+
 def result(task, model, seed, measured, **more):
     return dict(task=task, model=model, seed=seed, measured=measured, settings=dict(train=f"{task} {model} {seed}"),
                 machine="a CPU", torch="2", minutes=1.0, train_minutes=2.0, **more)
