@@ -138,19 +138,22 @@ def books_lines(models, path):
 
 
 def against_bytes(models, path):
-    """What a memory is worth against its size in that test: far recall, and the gain over gpt on books. None without
-    gpt's books and recall of two models."""
-    recall, books = results_of(models, "recall"), results_of(models, "books")
-    if len(recall) < 2 or len(books) < 2 or "gpt" not in books:
+    """What a memory is worth against its size in that test: far recall, and the gain over gpt on books. None where
+    there is neither recall of two models nor gpt's books and another's."""
+    recall, books, panels = results_of(models, "recall"), results_of(models, "books"), []
+    if len(recall) > 1:
+        panels.append(("recall beyond the first segment, mean, %", "right answers, %",
+                       {name: (max(part.get("state_bytes", 0) for part in r),
+                               100 * np.mean([part["accuracy"] for part in r[1:]])) for name, r in recall.items()}))
+    if len(books) > 1 and "gpt" in books:
+        gpt = books["gpt"]["all"]["by_book"]
+        panels.append(("books: gain over gpt", "nats a token",
+                       {name: (r["state_bytes"], interval(gpt, r["all"]["by_book"])[0]) for name, r in books.items()}))
+    if not panels:
         return None
-    gpt = books["gpt"]["all"]["by_book"]
-    with figure(path, 9.6, 4.4, columns=2) as (left, right):
-        points(left, "recall beyond the first segment, mean, %",
-               {name: (max(part.get("state_bytes", 0) for part in r), 100 * np.mean([x["accuracy"] for x in r[1:]]))
-                for name, r in recall.items()}, "bytes of state for one text", "right answers, %")
-        points(right, "books: gain over gpt",
-               {name: (r["state_bytes"], interval(gpt, r["all"]["by_book"])[0]) for name, r in books.items()},
-               "bytes of state for one text", "nats a token")
+    with figure(path, 9.6 if len(panels) > 1 else 7.2, 4.4, columns=len(panels)) as all_axes:
+        for axes, (title, ylabel, places) in zip(np.atleast_1d(all_axes), panels):
+            points(axes, title, places, "bytes of state for one text", ylabel)
     return path
 
 

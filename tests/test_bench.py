@@ -349,6 +349,9 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     drawn = {name: (tmp_path / f"{name}.svg").read_text() for name in ("books", "memory", "recall", "reach")}
     assert all(">rmt" in text for text in drawn.values()) and "tokens back to the answer" in drawn["recall"]
     assert "KL in nats" in drawn["reach"] and not (tmp_path / "reach-gpt-1").exists()      # trained for books
+    bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}", "--plot"])
+    memory = (tmp_path / "memory.svg").read_text()                     # each of its two halves stands alone, too
+    assert "gain over gpt" in memory and ">rmt" in memory and "right answers" not in memory
 
 
 def test_labels_that_would_overlap_are_moved_apart_and_no_others():
