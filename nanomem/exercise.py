@@ -149,7 +149,8 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "GCA.find": "a landmark's question; chunks that are past and kept; top k with noise, softmax without"})],
     "landmark": [
         Exercise("grouped", "a softmax in two levels", {
-            "grouped": "all tokens of a block together weigh exp(landmark)"}),
+            "share_out": "the weight of a landmark goes to the tokens of its block, by a softmax of their scores",
+            "Attention.segment": "single tokens of the query's own block; landmarks of the blocks before; none to come"}),
         Exercise("retrieve", "each query and head picks its own blocks", {
             "Attention.retrieve": "top k by landmark; fetch them, or mask the others when that is less work"}),
         Exercise("bank", "keys that are stored without a place and get one when read", {

@@ -7,7 +7,7 @@ import torch
 import nanomem
 from nanomem.cli import UserError
 from nanomem.models.gpt import norm, rope
-from nanomem.models.landmark import grouped
+from nanomem.models.landmark import share_out
 
 from conftest import S, TINY, close, run, text, tiny
 
@@ -69,10 +69,11 @@ def test_attention_in_a_segment_is_the_grouped_softmax_of_the_paper():
     assert torch.allclose(y, attention.out(expected.flatten(2)), atol=1e-6)    # angles are float32
 
 
-def test_the_tokens_of_a_block_weigh_together_as_much_as_its_landmark():
-    score, mark = torch.randn(3, 5, L).double(), torch.randn(3, 5).double()
-    new = grouped(score, mark).unflatten(-1, (5, L))
-    assert torch.allclose(new.logsumexp(-1), mark) and torch.allclose(new.softmax(-1), score.softmax(-1))
+def test_the_tokens_of_a_block_share_the_weight_of_its_landmark():
+    weight, score = torch.rand(3, 5).double(), torch.randn(3, 5, L).double()
+    shares = share_out(weight, score).unflatten(-1, (5, L))
+    assert torch.allclose(shares.sum(-1), weight)
+    assert torch.allclose(shares[..., 1] / shares[..., 0], (score[..., 1] - score[..., 0]).exp())
 
 
 @torch.no_grad()
@@ -92,23 +93,22 @@ def test_each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_ba
     model, k, D = landmark(topk=3, bank=10), 3, 16
     cache = model.read(memory(model, n))[0]
     q = torch.randn(2, 2, 6, D)
-    far, v, picks, mark = model.blocks[0].attention.retrieve(q, cache)         # 18 picks: the whole bank
-    assert far.shape == (2, 2, 6, 10 * L) and v.shape == (2, 2, 10 * L, D)
-    weight = far.exp().unflatten(3, (10, L))
+    mark, far, v, picks = model.blocks[0].attention.retrieve(q, cache)         # 18 picks: the whole bank
+    assert mark.shape == (2, 2, 6, 10) and far.shape == (2, 2, 6, 10, L) and v.shape == (2, 2, 10 * L, D)
     kept = min(n, 10)
     for t in range(6):
-        few, own, same, _ = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)  # 3 picks: they are fetched
-        assert few.shape == (2, 2, 1, k * L) and own.shape == (2, 2, 1, k * L, D)
-        answer = torch.einsum("bhtp,bhtpd->bhtd", few.exp(), own)[:, :, 0]
-        assert close(answer, far[:, :, t:t + 1].exp().matmul(v)[:, :, 0], 1e-5)
+        few_mark, few, own, same = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)   # 3 picks: fetched
+        assert few_mark.shape == (2, 2, 1, k) and few.shape == (2, 2, 1, k, L) and own.shape == (2, 2, 1, k * L, D)
+        answer = torch.einsum("bhtp,bhtpd->bhtd", share_out(few_mark.exp(), few), own)[:, :, 0]
+        assert close(answer, share_out(mark.exp(), far)[:, :, t:t + 1].matmul(v)[:, :, 0], 1e-5)
         for b in range(2):
             for h in range(2):
                 score = cache["old"][b, h] @ q[b, h, t]
                 best = sorted(range(10 - kept, 10), key=lambda m: -score[m])[:k]
                 total = torch.zeros(10).index_put((torch.tensor(best, dtype=torch.long),), score[best].exp())
-                assert close(weight[b, h, t].sum(1), total, 1e-5)
-                for found in picks[b, h, t], same[b, h, 0]:
-                    assert sorted(found[mark[b, h, t] > -torch.inf].tolist()) == sorted(best)
+                assert close(mark[b, h, t].exp(), total, 1e-5)
+                assert sorted(picks[b, h, t][:len(best)].tolist()) == sorted(best)
+                assert sorted(same[b, h, 0][few_mark[b, h, 0] > -torch.inf].tolist()) == sorted(best)
 
 
 @torch.no_grad()

@@ -39,11 +39,10 @@ def gather(x, i):
     return x.flatten(0, 2).index_select(0, (first + i).flatten().to(x.device)).unflatten(0, i.shape)
 
 
-def grouped(score, landmark):
-    """The grouped softmax (eq. 2 to 4). Scores of the tokens of n blocks (..., n, l) and of their landmarks (..., n) ->
-    scores (..., n l) for one ordinary softmax, in which all tokens of a block together weigh as much as its landmark:
-    sum_j exp(score_j) = exp(landmark). Within the block they share this by a softmax."""
-    return (score + (landmark - score.logsumexp(-1))[..., None]).flatten(-2)
+def share_out(weight, score):
+    """The weight of each of n landmarks (..., n) goes to the l tokens of its block, by a softmax of their scores
+    (..., n, l) -> the weights of the tokens (..., n l)."""
+    return (weight[..., None] * score.softmax(-1)).flatten(-2)
 
 
 class Attention(gpt.Attention):
@@ -58,47 +57,48 @@ class Attention(gpt.Attention):
             cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
         with full_precision(x):                                                # close scores must not change places
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
-            near, near_v = self.segment(q, cache, position)
-            far, far_v, picks, landmark = self.retrieve(q, cache)
-            score = torch.cat([near, far], 3)
-            w, far_w = score.softmax(3).split([near.size(3), far.size(3)], 3)
+            own, near_mark, near, near_v = self.segment(q, cache, position)
+            far_mark, far, far_v, picks = self.retrieve(q, cache)
+            scores = [own, near_mark, far_mark]                                # of single tokens, and of whole blocks
+            w, w_near, w_far = torch.cat(scores, 3).softmax(3).split([z.size(3) for z in scores], 3)
             values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
-            y = w @ near_v + torch.einsum(f"bhtp,{values}->bhtd", far_w, far_v)
-            share = (landmark - score.logsumexp(3, keepdim=True)).exp().detach()    # of attention: that of the landmark
-        for name, new in dict(picks=picks, share=share).items():
+            y = (w + share_out(w_near, near)) @ near_v
+            y = y + torch.einsum(f"bhtp,{values}->bhtd", share_out(w_far, far), far_v)
+        share = w_far if far.size(3) < self.c.M else w_far.gather(3, picks)    # of the blocks that were picked
+        for name, new in dict(picks=picks, share=share.detach()).items():
             cache[name] = torch.cat([cache[name], new[:, :, :T]], 2)
         return self.out(merge_heads(y).type_as(x)), cache
 
     def segment(self, q, cache, position):
-        """The scores (B, H, T+n, P) of the segment's tokens so far, and their values. Zeros fill up the last block."""
+        """The P tokens of the segment so far, in N blocks: scores of those of a query's own block (B, H, T+n, P) and
+        of the landmarks of the blocks before (B, H, T+n, N), -inf for all others; of all tokens, block by block
+        (B, H, T+n, N, l); and their values (B, H, P, D). Zeros fill up the last block."""
         k, l = with_previous(cache["k"]) if self.c.shift else cache["k"], self.c.l
         k, v = (F.pad(z, (0, 0, 0, -z.size(2) % l)) for z in (k, cache["v"]))  # (B, H, P, D)
-        blocks = torch.arange(k.size(2) // l, device=q.device)
-        mark = F.pad(cache["mark"], (0, 0, 0, len(blocks) - cache["mark"].size(2)))      # an open block has none yet
-        score = q @ k.mT                                                       # (B, H, T+n, P)
-        before = (blocks < position[:, None] // l).repeat_interleave(l, 1)     # (T+n, P) in a block before its own
-        future = torch.arange(k.size(2), device=q.device) > position[:, None]  # (T+n, P)
-        score = torch.where(before, grouped(score.unflatten(3, (-1, l)), q @ mark.mT), score)
-        return score.masked_fill(future, -torch.inf), v
+        token, block = torch.arange(k.size(2), device=q.device), torch.arange(k.size(2) // l, device=q.device)
+        mark = F.pad(cache["mark"], (0, 0, 0, len(block) - cache["mark"].size(2)))      # an open block has none yet
+        score, i = q @ k.mT, position[:, None]                                 # (B, H, T+n, P), (T+n, 1)
+        own = score.masked_fill((token // l != i // l) | (token > i), -torch.inf)
+        before = (q @ mark.mT).masked_fill(block >= i // l, -torch.inf)
+        return own, before, score.unflatten(3, (-1, l)), v
 
     def retrieve(self, q, cache):
-        """The same for the tokens of the k blocks of the bank whose landmarks score best with each query. Also which
-        blocks these are, and the scores of their landmarks, (B, H, T+n, k), -inf where there is none. Few queries fetch
-        their blocks. Many would fetch more than the whole bank: they see all of it, the other blocks masked."""
+        """The k blocks of the bank whose landmarks score best with each query: the scores of the landmarks
+        (B, H, T+n, k), -inf where there is none, and of the tokens (B, H, T+n, k, l); their values; and which blocks
+        these are (B, H, T+n, k). Few queries fetch their blocks. Many would fetch more than the whole bank: they see
+        all of its M blocks, and the landmarks of the others have -inf."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
-        landmark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
+        mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
         cos, sin = cache["place"]                                              # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
             k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
-            score = torch.einsum("bhtd,bhtkld->bhtkl", q, k)
-            return grouped(score, landmark), v.flatten(3, 4), i, landmark
+            return mark, torch.einsum("bhtd,bhtkld->bhtkl", q, k), v.flatten(3, 4), i
         k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
         k = rotate(k, (cos[:, None], sin[:, None]))
-        score = torch.einsum("bhtd,bhmld->bhtml", q, k)
-        others = torch.full_like(rank, -torch.inf)                             # (B, H, T+n, M)
-        return grouped(score, others.scatter(3, i, landmark)), v.flatten(2, 3), i, landmark
+        mark = torch.full_like(rank, -torch.inf).scatter(3, i, mark)           # (B, H, T+n, M)
+        return mark, torch.einsum("bhtd,bhmld->bhtml", q, k), v.flatten(2, 3), i
 
 
 class Landmark(GPT):
