@@ -73,7 +73,7 @@ def test_the_tokens_of_a_block_share_the_weight_of_its_landmark():
     weight, score = torch.rand(3, 5).double(), torch.randn(3, 5, L).double()
     shares = share_out(weight, score).unflatten(-1, (5, L))
     assert torch.allclose(shares.sum(-1), weight)
-    assert torch.allclose(shares[..., 1] / shares[..., 0], (score[..., 1] - score[..., 0]).exp())
+    assert torch.allclose(shares / shares[..., :1], (score - score[..., :1]).exp())
 
 
 @torch.no_grad()
@@ -180,9 +180,10 @@ def test_settings_that_cannot_be_are_refused(fields, why):
 
 
 @torch.no_grad()
-def test_the_cache_says_which_blocks_each_token_looked_at_and_how_much():
+@pytest.mark.parametrize("bank", [N, 2 * N])                                   # all of it is retrieved, or half
+def test_the_cache_says_which_blocks_each_token_looked_at_and_how_much(bank):
     """With a bank for all blocks of the past, all are looked at; their shares and what stays in the segment make 1."""
-    model, tokens = landmark(topk=N, bank=2 * N), text(B=2, K=2)
+    model, tokens = landmark(topk=N, bank=bank), text(B=2, K=2)
     state = run(model, tokens[:, :S])[1]
     cache = model.extend(tokens[:, S:], model.read(state))[1]
     spans, share = model.retrieved(cache)

@@ -40,8 +40,8 @@ def gather(x, i):
 
 
 def share_out(weight, score):
-    """The weight of each of n landmarks (..., n) goes to the l tokens of its block, by a softmax of their scores
-    (..., n, l) -> the weights of the tokens (..., n l)."""
+    """The grouped softmax, second half (eq. 2 to 4): the weight of each of n landmarks (..., n) goes to the l tokens of
+    its block, by a softmax of their scores (..., n, l) -> the weights of the tokens (..., n l)."""
     return (weight[..., None] * score.softmax(-1)).flatten(-2)
 
 
@@ -59,7 +59,7 @@ class Attention(gpt.Attention):
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
             own, near_mark, near, near_v = self.segment(q, cache, position)
             far_mark, far, far_v, picks = self.retrieve(q, cache)
-            scores = [own, near_mark, far_mark]                                # of single tokens, and of whole blocks
+            scores = [own, near_mark, far_mark]                                # first half: tokens, and whole blocks
             w, w_near, w_far = torch.cat(scores, 3).softmax(3).split([z.size(3) for z in scores], 3)
             values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
             y = (w + share_out(w_near, near)) @ near_v
