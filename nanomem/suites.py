@@ -44,7 +44,7 @@ class Task:
     batch: int = 64            # texts side by side
     edges: tuple = ()          # distances at which a column ends; without them, a column for each length
     models: tuple = ()         # the models it was made for; all where it is empty
-    others: str = ""           # settings of all other models
+    others: str = ""           # settings of all other models: segments so short that they need their memory
     text_segments: int = 0     # segments in a training text, where that is more than a BPTT window
     long_texts: bool = False   # let the memory hold the whole text (model.for_length), up to --read
     longest: dict = field(default_factory=dict)   # model -> its longest text, where longer ones take too much time
@@ -106,24 +106,27 @@ TASKS = dict(
                                                                          "32:select=16-48")],
                 "bmojo:mix=window:window=128")),
     needle=Task(
-        "by tokens in the text: trained on 64; 2 needles, each asked for 3 times, in longer texts 24 times; behind a "
-        "colon the share of questions whose needle was among the 4 chunks of 4 tokens that were retrieved",
+        "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
+        "in longer texts 24; behind a colon the share of questions whose needle was retrieved (gca: in 4 chunks of 4)",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
         needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
-        longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full")),
+        longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
+        others=":seg=16:segments=4"),
     needle1k=Task(
         "by tokens in the text: as needle, trained on 1,024 tokens with 32 questions for each needle",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=32", batch=8, segments=1, seg=1024, steps=800),
         needles("pairs=2:notice=4", 32, (1024, 4096, 16_384, 65_536, 2 ** 18, 2 ** 20)), texts=32, batch=16,
         long_texts=True, longest=SLOW,
-        models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2")),
+        models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2"),
+        others=":seg=64:segments=16"),
     hops=Task(
         "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value; "
         "behind a colon the share of questions for which the place of the value was retrieved",
         dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256,
              steps=4000),
         needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, longest=SLOW,
-        models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2")),
+        models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2"),
+        others=":seg=64:segments=4"),
     retain=Task(
         "by tokens since the fact: segments of 4 tokens; pools of 16 vectors, of which each segment replaces 2, and "
         "stores of 64 and 512; trained on texts of 16 segments, tested on 256",
