@@ -190,9 +190,10 @@ def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
 @torch.no_grad()
 def answer(model, batch):
     """Run over whole texts -> correct (B, T): the likeliest token is the target; and for a model that retrieves, hits
-    (B, T): one of the spans of text that the token retrieved holds the position of its answer; else None."""
+    (B, T): one of the spans of text that the token retrieved holds the key of its pair; else None. A model that keeps
+    the value alone, one token later, has no hit."""
     state, correct, hits = model.init_state(len(batch.x)), [], []
-    places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the answers
+    places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the keys
     for (x, y), place in zip(stream.segments(model, batch.x, batch.y), places.split(model.c.seg, 1)):
         logits, cache = model.extend(x, model.read(state))
         state = model.write(cache, state)
