@@ -258,6 +258,16 @@ def test_all_models_join_a_task_in_segments_that_its_texts_are_longer_than():
 
 # the suites
 
+@pytest.mark.parametrize("task", suites.TASKS)
+def test_every_model_of_a_task_trains_on_texts_of_one_length(task):
+    """And those that the task was not made for need their memory: their segment is not the whole text."""
+    b = bench.Bench(models="all")
+    runs = [train.parse(bench.flags_of(b, Job(task, model, 1))) for model in bench.models_of(b, task)]
+    segments = [run["segments"] * tasks.settings_of(run["data"])[1]["bptt_windows"] for run, _ in runs]
+    assert len({n * fields["seg"] for n, (_, fields) in zip(segments, runs)}) == 1
+    assert all(n > 1 for n in segments[len(suites.TASKS[task].models):])
+
+
 @pytest.mark.parametrize("task", suites.ORDER)
 def test_a_night_has_every_model_in_every_task_and_each_can_be_built(task):
     b = bench.Bench(**suites.SUITES["night"])
