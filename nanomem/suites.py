@@ -107,8 +107,8 @@ TASKS = dict(
                 "bmojo:mix=window:window=128")),
     needle=Task(
         "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
-        "in longer texts 24; behind a colon the share of questions whose key was retrieved with its needle (gca: in 4 "
-        "chunks of 4 tokens; bmojo keeps the value alone, which is not counted)",
+        "in longer texts 24; behind a colon the share of questions for which the place of the key was retrieved (gca: "
+        "in 4 chunks of 4 tokens); a model that keeps only the value, one token later, has none",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
         needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
         longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
