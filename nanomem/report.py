@@ -209,8 +209,14 @@ def state_of(r):
     return size(max(part["state_bytes"] for part in r)) if "state_bytes" in r[0] else ""
 
 
+RETRIEVED = ("; behind a colon the share of questions for which the place of the key was retrieved, where the model "
+             "retrieves (of a model that keeps the value alone, one token later, it says little)")
+
+
 def task_table(models, task, about):
-    return by_model(f"Accuracy on {task}, {about} (last line: number of questions)", results_of(models, task),
+    results = results_of(models, task)
+    retrieves = any("hits" in part for r in results.values() for part in r)
+    return by_model(f"Accuracy on {task}, {about}{RETRIEVED * retrieves} (last line: number of questions)", results,
                     lambda r: ["state", *map(column_of, r)], lambda r: [state_of(r), *map(percent, r)],
                     lambda r: ["", *[f"{part['questions']:,.0f}" for part in r]])
 

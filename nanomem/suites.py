@@ -107,8 +107,7 @@ TASKS = dict(
                 "bmojo:mix=window:window=128")),
     needle=Task(
         "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
-        "in longer texts 24; behind a colon the share of questions for which the place of the key was retrieved (gca: "
-        "in 4 chunks of 4 tokens); a model that keeps only the value, one token later, has none",
+        "in longer texts 24; gca retrieves 4 chunks of 4 tokens",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
         needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
         longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
@@ -121,8 +120,7 @@ TASKS = dict(
         models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2"),
         others=":seg=64:segments=16"),
     hops=Task(
-        "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value; "
-        "behind a colon the share of questions for which the place of the value was retrieved",
+        "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value",
         dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256,
              steps=4000),
         needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, longest=SLOW,
