@@ -159,6 +159,8 @@ def settings_of(b, job):
     elif job.task in TASKS:
         t = TASKS[job.task]
         found = dict(tests=t.tests_for(parts_of(job.model)[0], b.read), texts=t.texts, edges=t.edges)
+        if t.long_texts:
+            found["fewest"] = t.fewest
     else:
         found = dict(search=b.search, final=b.final)
     if job.task == "books":   # no model is scored where one of them has seen the target
@@ -259,7 +261,8 @@ def measured(b, job, saved, tried):
         t, found = TASKS[job.task], []
         for T, test in t.tests_for(parts_of(job.model)[0], b.read).items():
             sized = load(**model.for_length(T)) if t.long_texts else model
-            found += measure.accuracy(sized, test, T, t.texts * min(t.tests) // T, t.batch, t.edges)
+            texts = max(t.fewest, t.texts * min(t.tests) // T)
+            found += measure.accuracy(sized, test, T, texts, t.batch, t.edges)
         return found
     tokenizer = saved["run"]["tokenizer"]
     books = data.open_books(b.data, "test" if b.final else "validation", tokenizer)
