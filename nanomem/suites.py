@@ -111,13 +111,14 @@ TASKS = dict(
         "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
         "in longer texts once; gca retrieves 4 chunks of 4 tokens",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
-        needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, long_texts=True,
-        fewest=32, longest=SLOW, models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
+        needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, batch=8,
+        long_texts=True, fewest=32, longest=SLOW,
+        models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
         others=":seg=16:segments=4"),
     needle1k=Task(
         "by tokens in the text: as needle, trained on 1,024 tokens with 32 questions for each needle",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=32", batch=8, segments=1, seg=1024, steps=800),
-        needles("pairs=2:notice=4", 32, (1024, 4096, 16_384, 65_536, 2 ** 18, 2 ** 20)), texts=32, batch=16,
+        needles("pairs=2:notice=4", 32, (1024, 4096, 16_384, 65_536, 2 ** 18, 2 ** 20)), texts=32, batch=8,
         long_texts=True, fewest=32, longest=SLOW,
         models=(*and_controls("gca:chunk=4:bypass=no:bank=256:window=-1"), "window:window=16", "full:window=-2"),
         others=":seg=64:segments=16"),
@@ -125,8 +126,8 @@ TASKS = dict(
         "by tokens in the text: trained on 256; a needle leads from a key to another key, and from that to the value",
         dict(NARROW, layers=3, data="needle:pairs=2:hops=2:notice=8:asks=10", batch=16, segments=1, seg=256,
              steps=4000),
-        needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, long_texts=True, fewest=32,
-        longest=SLOW,
+        needles("pairs=2:hops=2:notice=8", 10, (256, 1024, 4096, 16_384)), texts=256, batch=8, long_texts=True,
+        fewest=32, longest=SLOW,
         models=("gca:chunk=4:bypass=no:bank=64", "gca:chunk=4:bypass=no:bank=64:groups=2"),
         others=":seg=64:segments=4"),
     retain=Task(

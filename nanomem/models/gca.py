@@ -1,4 +1,5 @@
 """Grouped cross-attention: the text is cut into chunks, and each chunk learns which earlier chunks to look at again."""
+import math
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +114,10 @@ class GCA(GPT):
             nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
     def for_length(self, T):
-        return dict(bank=T // self.c.m)
+        """A bank for the whole text; and segments of up to 1,024 tokens, which give the same logits and copy the bank
+        less often."""
+        n = math.gcd(T // self.c.seg, max(1, 1024 // self.c.seg)) if self.c.W else 1
+        return dict(bank=T // self.c.m, chunk=self.c.m, seg=n * self.c.seg)
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
