@@ -82,17 +82,31 @@ def points(axes, title, places, xlabel, ylabel):
     axes.set_xscale("symlog", base=2, linthresh=2 ** 10)
     axes.margins(y=0.12)
     axes.scatter(xy[:, 0], xy[:, 1], color=COLORS[0], s=18)
-    gap = 0.045 * max(np.ptp(xy[:, 1]), 1e-9)
-    label_y = xy[:, 1].copy()
-    for i in range(len(names)):                     # only labels that lie beside each other are moved apart
-        near = [j for j in range(len(names)) if abs(np.log2(xy[j, 0] + 1024) - np.log2(xy[i, 0] + 1024)) < 2]
-        label_y[i] = apart(xy[near, 1], gap)[near.index(i)]
-    for name, (x, _), y in zip(names, xy, label_y):
-        axes.annotate(name, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     ticks = [0, *(2 ** i for i in range(10, 25, 2) if 2 ** i <= 4 * xy[:, 0].max())]
     axes.set_xticks(ticks, ["0", *(f"{t // 1024} KB" if t < 2 ** 20 else f"{t // 2 ** 20} MB" for t in ticks[1:])])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, pad=8)
+    name_points(axes, names, xy)
+
+
+def name_points(axes, names, xy):
+    """Write each name beside its point, where nothing else is; with a line to it if that is not at the same height."""
+    axes.figure.draw_without_rendering()                                       # from now on the scales are known
+    at = axes.transData.transform(xy) * 72 / axes.figure.dpi                   # in points of print
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]                      # left, low, right, high
+    free = lambda box: not any(box[0] < right and left < box[2] and box[1] < high and low < box[3]
+                               for left, low, right, high in taken)
+    for i in np.argsort(-xy[:, 0]):                                            # those on the right have more room
+        (x, y), wide, spots = at[i], 5.5 * len(names[i]), []
+        for up in (0, -11, 11, -22, 22, -33, 33):
+            away = 6 + 0.4 * abs(up)
+            for left in (x + away, x - away - wide):
+                spots.append((left, y + up - 5, left + wide, y + up + 5))
+        taken.append(next(filter(free, spots), spots[0]))
+        left, low, *_ = taken[-1]
+        beside, up = ("left", left - x) if left > x else ("right", left + wide - x), low + 5 - y
+        axes.annotate(names[i], xy[i], (beside[1], up), textcoords="offset points", ha=beside[0], va="center",
+                      fontsize=9, arrowprops=dict(arrowstyle="-", color=INK, linewidth=0.5) if up else None)
 
 
 def bars(path, title, values, label, xlabel):
