@@ -99,14 +99,13 @@ def name_points(axes, names, xy):
     for i in np.argsort(-xy[:, 0]):                                            # those on the right have more room
         (x, y), wide, spots = at[i], 5.5 * len(names[i]), []
         for up in (0, -11, 11, -22, 22, -33, 33):
-            away = 6 + 0.4 * abs(up)
-            for left in (x + away, x - away - wide):
-                spots.append((left, y + up - 5, left + wide, y + up + 5))
-        taken.append(next(filter(free, spots), spots[0]))
-        left, low, *_ = taken[-1]
-        beside, up = ("left", left - x) if left > x else ("right", left + wide - x), low + 5 - y
-        axes.annotate(names[i], xy[i], (beside[1], up), textcoords="offset points", ha=beside[0], va="center",
-                      fontsize=9, arrowprops=dict(arrowstyle="-", color=INK, linewidth=0.5) if up else None)
+            away, low, high = 6 + 0.4 * abs(up), y + up - 5, y + up + 5
+            spots += [("left", away, up, (x + away, low, x + away + wide, high)),
+                      ("right", -away, up, (x - away - wide, low, x - away, high))]
+        align, right, up, box = next((spot for spot in spots if free(spot[-1])), spots[0])
+        taken.append(box)
+        axes.annotate(names[i], xy[i], (right, up), textcoords="offset points", ha=align, va="center", fontsize=9,
+                      arrowprops=dict(arrowstyle="-", color=INK, linewidth=0.5) if up else None)
 
 
 def bars(path, title, values, label, xlabel):
