@@ -111,7 +111,7 @@ TASKS = dict(
         "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
         "in longer texts once; gca retrieves 4 chunks of 4 tokens",
         dict(NARROW, data="needle:pairs=2:notice=4:asks=3", batch=32, segments=1, seg=64, steps=900),
-        needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536, 2 ** 20)), texts=1024, batch=8,
+        needles("pairs=2:notice=4", 3, (64, 1024, 4096, 16_384, 65_536)), texts=1024, batch=8,
         long_texts=True, fewest=32, longest=SLOW,
         models=(*and_controls("gca:chunk=4:bypass=no"), "window:window=16", "full"),
         others=":seg=16:segments=4"),
