@@ -77,8 +77,8 @@ def lines(path, title, columns, series, xlabel, ylabel):
 
 
 def points(axes, title, places, xlabel, ylabel):
-    """A labelled point for each of {name: (bytes, value)}."""
-    names, xy = list(places), np.array(list(places.values()), float)
+    """A point for each of {name: (bytes, value)}."""
+    xy = np.array(list(places.values()), float)
     axes.set_xscale("symlog", base=2, linthresh=2 ** 10)
     axes.margins(y=0.12)
     axes.scatter(xy[:, 0], xy[:, 1], color=COLORS[0], s=18)
@@ -86,14 +86,16 @@ def points(axes, title, places, xlabel, ylabel):
     axes.set_xticks(ticks, ["0", *(f"{t // 1024} KB" if t < 2 ** 20 else f"{t // 2 ** 20} MB" for t in ticks[1:])])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, pad=8)
-    name_points(axes, names, xy)
 
 
-def name_points(axes, names, xy):
-    """Write each name beside its point, where nothing else is; with a line to it if that is not at the same height."""
-    axes.figure.draw_without_rendering()                                       # from now on the scales are known
-    at = axes.transData.transform(xy) * 72 / axes.figure.dpi                   # in points of print
+def name_points(axes, places):
+    """Write each name beside its point, where nothing else is; with a line to it if that is not at the same height.
+    When all else is drawn: from then on it is known where that is."""
+    axes.figure.draw_without_rendering()
+    names, xy, print_points = list(places), np.array(list(places.values()), float), 72 / axes.figure.dpi
+    at = axes.transData.transform(xy) * print_points
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]                      # left, low, right, high
+    taken.append((-np.inf, -np.inf, axes.bbox.x0 * print_points, np.inf))      # and what is left of the axis
     free = lambda box: not any(box[0] < right and left < box[2] and box[1] < high and low < box[3]
                                for left, low, right, high in taken)
     for i in np.argsort(-xy[:, 0]):                                            # those on the right have more room
@@ -167,6 +169,8 @@ def against_bytes(models, path):
     with figure(path, 9.6 if len(panels) > 1 else 7.2, 4.4, columns=len(panels)) as all_axes:
         for axes, (title, ylabel, places) in zip(np.atleast_1d(all_axes), panels):
             points(axes, title, places, "bytes of state for one text", ylabel)
+        for axes, (*_, places) in zip(np.atleast_1d(all_axes), panels):
+            name_points(axes, places)
     return path
 
 
