@@ -174,7 +174,8 @@ def test_a_file_that_is_damaged_or_of_other_settings_is_measured_again(tmp_path,
 
 def test_one_training_serves_a_model_and_what_is_changed_for_its_test(tmp_path, monkeypatch, trainings):
     small = suites.Task("by tokens", dict(data="needle:notice=8", batch=2, layers=2, heads=2, width=16, segments=1,
-                        seg=32, steps=2), {T: "needle:notice=8" for T in (32, 64, 2080)}, texts=256, long_texts=True)
+                        seg=32, steps=2), {T: "needle:notice=8" for T in (32, 64, 2080)}, texts=256,
+                        long_texts=True, fewest=192)
     monkeypatch.setitem(suites.TASKS, "needle", small)
     gca, full = "gca:chunk=8:topk=2", "full"
     bench.main([f"--models={gca},{gca}/retrieval=recent:topk=1,{full}", "--tasks=needle", f"--out={tmp_path}",
@@ -183,7 +184,7 @@ def test_one_training_serves_a_model_and_what_is_changed_for_its_test(tmp_path, 
         "gca-chunk8-topk2", "gca-chunk8-topk2--retrievalrecent-topk1", "full"))
     assert len(trainings) == 2 and [r["length"] for r in one] == [r["length"] for r in other] == [32, 64]
     assert one[0]["hits"] == 0 or one[0]["hits"] != other[0]["hits"]
-    assert "hits" not in no_search[0]
+    assert "hits" not in no_search[0] and [r["questions"] for r in one] == [256, 192]    # not 256, 128
 
 
 def test_a_task_stops_at_the_longest_text_of_a_model():
