@@ -254,7 +254,7 @@ def test_segments_of_any_length_are_one_pass(fields):
 
 def test_for_a_long_text_the_bank_holds_it_and_segments_are_longer_where_that_changes_nothing():
     assert gca(window=-4).for_length(4096) == dict(bank=4096 // M, chunk=M, seg=1024)
-    assert gca(window=0).for_length(4096) == dict(bank=4096 // M, chunk=M, seg=S)        # here the segment is the window
+    assert gca(window=0).for_length(4096) == dict(bank=4096 // M, chunk=M, seg=S)    # here the segment is the window
 
 
 @torch.no_grad()
