@@ -190,18 +190,17 @@ def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
 @torch.no_grad()
 def answer(model, batch):
     """Run over whole texts -> correct (B, T): the likeliest token is the target; and for a model that retrieves, hits
-    (B, T): one of the spans of text that the token retrieved holds the key of its pair; else None. A model that keeps
-    the value alone, one token later, has no hit."""
+    (B, T): one of the spans of text that the token retrieved holds the key or the value of its pair; else None."""
     state, correct, hits = model.init_state(len(batch.x)), [], []
-    places = (batch.position - batch.distance)[..., None]                              # (B, T, 1) of the keys
-    for (x, y), place in zip(stream.segments(model, batch.x, batch.y), places.split(model.c.seg, 1)):
+    keys = (batch.position - batch.distance)[..., None]                                # (B, T, 1); values come next
+    for (x, y), key in zip(stream.segments(model, batch.x, batch.y), keys.split(model.c.seg, 1)):
         logits, cache = model.extend(x, model.read(state))
         state = model.write(cache, state)
         correct.append(logits.argmax(-1) == y)
         found = model.retrieved(cache)
         if found:
             start, end = found[0].unbind(-1)                                           # (B, S, n); -1 where none
-            hits.append(((start <= place) & (place < end)).any(-1))
+            hits.append(((start < key + 2) & (key < end)).any(-1))
     return torch.cat(correct, 1), torch.cat(hits, 1) if hits else None
 
 

@@ -209,8 +209,8 @@ def state_of(r):
     return size(max(part["state_bytes"] for part in r)) if "state_bytes" in r[0] else ""
 
 
-RETRIEVED = ("; behind a colon the share of questions for which the place of the key was retrieved, where the model "
-             "retrieves (of a model that keeps the value alone, one token later, it says little)")
+RETRIEVED = ("; behind a colon the share of questions for which the key or the value of the pair was retrieved, where "
+             "the model retrieves")
 
 
 def task_table(models, task, about):

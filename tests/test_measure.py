@@ -157,7 +157,7 @@ class Copier(torch.nn.Module):
         return torch.ones(8, dtype=torch.bool)
 
 
-def test_a_retrieval_hit_is_a_span_that_holds_the_answer():
+def test_the_hits_of_all_segments_come_in_order():
     B, T = 2, 32
     position = torch.arange(T).expand(B, T)
     distance, y = torch.randint(1, 8, (B, T)).minimum(position), torch.randint(1, 64, (B, T))
@@ -165,6 +165,17 @@ def test_a_retrieval_hit_is_a_span_that_holds_the_answer():
     right = torch.rand(B, T) < 0.5
     correct, hits = measure.answer(Copier(batch, right), batch)
     assert torch.equal(correct, right) and torch.equal(hits, right)
+
+
+@pytest.mark.parametrize("start, end, hit", [(4, 5, False), (5, 6, True), (6, 7, True), (7, 8, False), (0, 9, True),
+                                             (-1, -1, False)])
+def test_a_hit_is_the_key_or_the_value(start, end, hit):
+    """A pair at 5 and 6 is asked for at 12."""
+    model = tiny("rmt", seg=16, vocab=128).eval()
+    model.retrieved = lambda cache: (torch.tensor([start, end]).expand(1, 16, 1, 2), None)
+    x, position = torch.zeros(1, 16, dtype=torch.long), torch.arange(16)[None]
+    batch = Batch(x, x, torch.ones(1, dtype=torch.bool), position, torch.where(position == 12, 12 - 5, 0), x[:, 0])
+    assert measure.answer(model, batch)[1][0, 12] == hit
 
 
 def test_what_gca_retrieves_is_looked_up_in_its_cache():
@@ -175,8 +186,9 @@ def test_what_gca_retrieves_is_looked_up_in_its_cache():
     for back in (4, 8, 12, 20):
         distance = torch.full_like(x, back).minimum(position)
         batch = Batch(x, x, torch.ones(2, dtype=torch.bool), position, distance, torch.arange(2))
-        age = position // 4 - (position - distance) // 4                       # of the chunk, in chunks
-        expected = (age >= 2) & (age <= 3)
+        key = position - distance
+        age = position // 4 - torch.stack([key, key + 1]) // 4                 # of the chunk of key or value, in chunks
+        expected = ((age >= 2) & (age <= 3)).any(0)
         assert torch.equal(measure.answer(model, batch)[1], expected)
     assert measure.answer(tiny("rmt", vocab=128), batch)[1] is None
 
