@@ -121,7 +121,7 @@ def first_table(models):
     columns = max(rows.values(), key=len)
     if not columns:
         return None
-    meaning = dict(loss="nats a token on held-out books, and minus gpt's (- gpt)",
+    meaning = dict(loss="nats a token on held-out books, and minus gpt's with the same seeds (- gpt)",
                    recall="accuracy by tokens back to the answer", state="bytes of memory for one text",
                    ms="to decode a token after a long text")
     legend = [f"{word}: {text}" for word, text in meaning.items() if any(c.startswith(word) for c in columns)]
