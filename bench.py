@@ -9,6 +9,7 @@
     python bench.py --suite=night --data=data/pg19 --dry --speed=100000  what it will do, and how long that takes
 
 Settings of a model or of train.py follow the model's name, and settings behind a slash are changed only for the test.
+A name alone gets the settings that the task has for it, such as segments so short that it needs its memory.
 The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
@@ -85,9 +86,15 @@ def models_of(b, task):
     t = TASKS.get(task)
     made_for = list(t.models) if t else dict(replay=["memformer"], race=["gpt"]).get(task, [])
     others = [name for name in nanomem.MODELS if name not in {parts_of(model)[0] for model in made_for}]
-    every = made_for + [name + (t.others if t else "") for name in others]
+    usual = t.others if t else ""
+    every = made_for + [name + usual for name in others]
+
+    def in_full(word):   # a name alone has the usual settings
+        trained, tested = halves(word)
+        alone = ":" not in trained and trained not in made_for
+        return trained + usual + f"/{tested}" * bool(tested) if alone else word
     typed = [word.strip() for word in b.models.split(",") if word.strip()]
-    models = [model for word in typed for model in (every if word == "all" else [word])] or made_for or every
+    models = [m for word in typed for m in (every if word == "all" else [in_full(word)])] or made_for or every
     if task == "rates":   # a model with a rate of its own needs no search
         models = [model for model in models if "lr" not in parts_of(model)[1]]
     for model in models:
