@@ -77,9 +77,9 @@ def a_needle_is_found_far_away(models):
                 far["accuracy"] > 0.95)
 
 
-def recalls_more(one, other, by=0.0):
+def recalls_more(one, other, by=0.05):
     """The check that a model answers more questions of recall from before the segment than another one, by this part
-    of all questions at least; with states of the same size where both were measured so."""
+    of all questions at least, since seeds differ too; with states of the same size where both were measured so."""
     def check(models):
         for task, size in ("recall_bytes", " (states of 32 KB)"), ("recall", ""):
             found = [columns_of(models, name, task) for name in (one, other)]
@@ -111,7 +111,7 @@ CLAIMS = (
     ("B'MOJO", "recalls more than Mamba, hybrid and its own fading memory", eidetic_tokens_help),
     ("GCA", "finds a needle in 1,000 times the length of training", a_needle_is_found_far_away),
     ("Gated DeltaNet", "recalls more than Mamba-2", recalls_more("deltanet", "mamba")),
-    ("Infini-attention", "recalls what the segment does not hold", recalls_more("infini", "gpt", by=0.05)),
+    ("Infini-attention", "recalls what the segment does not hold", recalls_more("infini", "gpt")),
     ("Titans", "recalls more than Gated DeltaNet", recalls_more("titans", "deltanet")),
     ("Titans", "momentum and forgetting both help", each_part_helps),
     ("Landmark attention", "recalls as full attention does", recalls_more("landmark", "full", by=-0.02)),
