@@ -152,46 +152,45 @@ class GCA(GPT):
     def chunks(self, x, cache):
         """The next tokens x (B, n, u, C), of n whole chunks or of a part of one -> hidden states (B, n u, C), cache."""
         c, cache, (B, n, u, _) = self.c, dict(cache), x.shape
-        first = cache["new_key"].size(1)                                       # chunks of this segment before x
         full = c.topk > 0 and cache["open"].size(1) + u == c.m
         if full:
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
-        by_chunk, x = (lambda x: x.unflatten(1, (n, -1))), x.flatten(1, 2)     # (B, n u, C) -> (B, n, u, C)
+        x = x.flatten(1, 2)                                                    # (B, T, C)
         P, T = cache["near"][0][0].size(2), x.size(1)
         angles = rope(torch.arange(P, P + T, device=x.device), c.head_dim)
         mask, near = self.mask(cache["n"], P, T), []
-        for block, past in zip(self.blocks[:c.lower], cache["near"]):
+        for block, past in zip(self.blocks[:c.lower], cache["near"]):          # the lower layers
             x, kv = block(x, angles, past, mask)
             near.append(kv)
-        if c.topk:
-            h = torch.cat([cache["open"], x], 1)
-            cache["open"] = h[:, :0] if full else h
+        if not c.topk:
+            return norm(x), dict(cache, near=near)
+
+        first, h = cache["new_key"].size(1), torch.cat([cache["open"], x], 1)  # chunks of this segment before x
+        cache["open"] = h[:, :0] if full else h
         if full:
-            key, kv = self.encode(by_chunk(h))
+            key, kv = self.encode(h.unflatten(1, (n, -1)))
             cache["new_key"] = torch.cat([cache["new_key"], key], 1)
             cache["new_bank"] = torch.cat([cache["new_bank"], kv], 1)
-        found, asks = list(cache["found"]), []
-        for l, (block, cross, past) in enumerate(zip(self.blocks[c.lower:], self.cross, cache["near"][c.lower:])):
-            g, inside = divmod(l * c.groups, c.layers - c.lower)
-            if not inside:                                                     # group g of layers begins
-                ask = cache["ask"][:, g:g + 1]                                 # (B, 1, C) of the last landmark
-                if full:
-                    q = norm(by_chunk(x)[:, :, -1]) * self.gain[g]             # (B, n, C) of the landmarks
-                    ask = torch.cat([ask, q[:, :-1]], 1)                       # what chunk t asks, chunk t+1 looks at
-                    asks.append(q[:, -1])
-                if g == len(found):                                            # once for a chunk
-                    found.append(self.find(ask, first, g, cache))
-            y, kv = block.attention(norm(x), angles, past, mask)
-            near.append(kv)
-            x = x + y
-            with_chunks = x + cross(by_chunk(norm(x)), *found[g][:2]).flatten(1, 2)
-            x = (x if c.bypass else with_chunks) + block.mlp(norm(with_chunks))
-        if c.topk and not cache["found"]:
+
+        found, asks, size = list(cache["found"]), [], (c.layers - c.lower) // c.groups
+        by_chunk = lambda x: x.unflatten(1, (n, -1))                           # (B, T, C) -> (B, n, u or u+1, C)
+        for g in range(c.groups):                                              # the upper layers, group by group
+            landmarks = by_chunk(x)[:, :, u:].flatten(1, 2)                    # (B, n, C), none if the chunk is open
+            ask = torch.cat([cache["ask"][:, g:g + 1], norm(landmarks) * self.gain[g]], 1)
+            asks.append(ask[:, -1])
+            if g == len(found):                                                # once for a chunk
+                found.append(self.find(ask[:, :n], first, g, cache))           # what chunk t asks, chunk t+1 looks at
+            kv, w, _ = found[g]
+            for l in range(c.lower + g * size, c.lower + (g + 1) * size):
+                y, now = self.blocks[l].attention(norm(x), angles, cache["near"][l], mask)
+                near.append(now)
+                x = x + y
+                with_chunks = x + self.cross[l - c.lower](by_chunk(norm(x)), kv, w).flatten(1, 2)
+                x = (x if c.bypass else with_chunks) + self.blocks[l].mlp(norm(with_chunks))
+        if not cache["found"]:
             for name, i in dict(weights=1, picks=2).items():                   # (B, n, G, k) both
                 cache[name] = torch.cat([cache[name], torch.stack([f[i].detach() for f in found], 2)], 1)
-        if full:
-            cache["ask"] = torch.stack(asks, 1).to(cache["ask"].dtype)
-        cache.update(near=near, found=[] if full else found)
+        cache.update(ask=torch.stack(asks, 1).to(cache["ask"].dtype), near=near, found=[] if full else found)
         return norm(by_chunk(x)[:, :, :u].flatten(1, 2)), cache
 
     def mask(self, n, P, T):
