@@ -165,7 +165,8 @@ class GCA(GPT):
         if not c.topk:
             return norm(x), dict(cache, near=near)
 
-        first, h = cache["new_key"].size(1), torch.cat([cache["open"], x], 1)  # chunks of this segment before x
+        first = cache["new_key"].size(1)                                       # chunks of this segment before x
+        h = torch.cat([cache["open"], x], 1)                                   # what the lower layers put out
         cache["open"] = h[:, :0] if full else h
         if full:
             key, kv = self.encode(h.unflatten(1, (n, -1)))
