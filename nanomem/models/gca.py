@@ -49,8 +49,9 @@ def gumbel(i, j):
     """Gumbel noise as a function of two whole numbers, so that replay and resume meet the same noise."""
     x = (i * 73_856_093) ^ (j * 19_349_663)
     for _ in range(2):
-        x = (x ^ x >> 15) * 0x2C1B3C6D & 0x7FFFFFFF
-    return -((x >> 8) + 0.5).div(2 ** 23).log().neg().log()
+        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF                        # a hash of 31 bits
+    u = ((x >> 8) + 0.5) / 2 ** 23                                             # between 0 and 1
+    return -(-u.log()).log()
 
 
 def gather(x, i):
@@ -188,7 +189,7 @@ class GCA(GPT):
                 x = x + y
                 with_chunks = x + self.cross[l - c.lower](by_chunk(norm(x)), kv, w).flatten(1, 2)
                 x = (x if c.bypass else with_chunks) + self.blocks[l].mlp(norm(with_chunks))
-        if not cache["found"]:
+        if not cache["found"]:                                                 # the first call for these chunks
             for name, i in dict(weights=1, picks=2).items():                   # (B, n, G, k) both
                 cache[name] = torch.cat([cache[name], torch.stack([f[i].detach() for f in found], 2)], 1)
         cache.update(ask=torch.stack(asks, 1).to(cache["ask"].dtype), near=near, found=[] if full else found)
@@ -219,7 +220,7 @@ class GCA(GPT):
         reader = (n + i)[..., None]                                            # (B, n, 1) the chunk that looks
         end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
         ids = (n - c.M + torch.arange(c.M + cache["new_key"].size(1), device=device))[:, None]    # (B, 1, M + new)
-        seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # past, and kept until its segment ends
+        seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # before what asks, and not yet gone
         with full_precision(ask):                                              # close scores must not change places
             key = torch.cat([cache["key"], cache["new_key"].to(cache["key"])], 1)
             score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)

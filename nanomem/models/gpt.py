@@ -48,10 +48,10 @@ def rope(positions, D):
     return angle.cos(), angle.sin()
 
 
-def rotate(x, rope):
+def rotate(x, angles):
     """Rotate each pair of channels (2i, 2i+1) of x (..., T, D) by the angle of its position (RoPE, eq. 34).
     Rotations add up: to move a key from position p to p + n, rotate it by the angles of position n."""
-    cos, sin = rope
+    cos, sin = angles
     a, b = x[..., 0::2], x[..., 1::2]                                          # (..., T, D/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
 
@@ -95,19 +95,19 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(c.width, c.width, bias=False) for _ in range(4))
         self.gain = nn.Parameter(torch.full((c.heads, 1, 1), 2.0))
 
-    def queries(self, x, rope):
+    def queries(self, x, angles):
         q = split_heads(self.q(x), self.c.heads)
-        return (rotate(norm(q), rope) * self.gain).type_as(q)                  # (B, H, T, D)
+        return (rotate(norm(q), angles) * self.gain).type_as(q)                # (B, H, T, D)
 
-    def keys_values(self, x, rope):
+    def keys_values(self, x, angles):
         k, v = (split_heads(linear(x), self.c.heads) for linear in (self.k, self.v))
-        return rotate(norm(k), rope).type_as(v), v                             # (B, H, T, D) both
+        return rotate(norm(k), angles).type_as(v), v                           # (B, H, T, D) both
 
     def attend(self, q, k, v, mask):
         return attend(q, k, v, mask)
 
-    def forward(self, x, rope, past=None, mask=None):
-        q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)
+    def forward(self, x, angles, past=None, mask=None):
+        q, (k, v) = self.queries(x, angles), self.keys_values(x, angles)
         if past is not None:                                                   # in the type in which they are kept
             k, v = (torch.cat([old, new.type_as(old)], 2) for old, new in zip(past, (k, v)))   # (B, H, P+T, D)
         keys = with_previous(k) if self.c.shift else k
@@ -135,8 +135,8 @@ class Block(nn.Module):
         self.attention = attention(c)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, past=None, mask=None):
-        y, kv = self.attention(norm(x), rope, past, mask)
+    def forward(self, x, angles, past=None, mask=None):
+        y, kv = self.attention(norm(x), angles, past, mask)
         x = x + y
         return x + self.mlp(norm(x)), kv
 

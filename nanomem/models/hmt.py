@@ -99,7 +99,7 @@ class HMT(GPT):
         if c.search == "learned":
             half = self.embed_previous(state["ids"][:, c.tail - c.j:]) if c.query == "prev" else \
                 self.embed(tokens[:, :c.j])
-            q = self.query(self.summary(half)) @ self.key.weight              # q (bank Wk)^T = (q Wk^T) bank^T
+            q = self.query(self.summary(half)) @ self.key.weight              # q (bank Wk)^T = (q Wk^T) bank^T: cheaper
             score = torch.einsum("bc,bnmc->bmn", q, bank) * c.width ** -0.5   # (B, M, N)
         empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
         return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)                  # eq. 2
@@ -161,4 +161,4 @@ class HMT(GPT):
         else:
             parts = [P, sensory, x, P]                                        # eq. 4
         h = self.backbone(torch.cat(parts, 1))[0].split([part.size(1) for part in parts], 1)
-        return self.head(torch.cat(h[2:-1:2], 1)), self.next_state(h[-1], tokens, state)    # eq. 5
+        return self.head(torch.cat(h[2:-1:2], 1)), self.next_state(h[-1], tokens, state)    # eq. 5: x, or its halves

@@ -48,11 +48,11 @@ def share_out(weight, score):
 class Attention(gpt.Attention):
     """A query sees the tokens of its own block up to itself, all earlier blocks of its segment, and k of the bank."""
 
-    def forward(self, x, rope, cache, places):
+    def forward(self, x, angles, cache, places):
         """x (B, T+n, C): T tokens, then the n landmarks of the blocks that they close. places: T, and the positions
         (T+n,) in the segment; a landmark has that of the last token of its block. -> y (B, T+n, C) and the cache."""
         (T, position), cache = places, dict(cache)
-        q, (k, v) = self.queries(x, rope), self.keys_values(x, rope)           # (B, H, T+n, D)
+        q, (k, v) = self.queries(x, angles), self.keys_values(x, angles)       # (B, H, T+n, D)
         for name, new in dict(k=k[:, :, :T], v=v[:, :, :T], mark=k[:, :, T:]).items():
             cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
         with full_precision(x):                                                # close scores must not change places
@@ -155,7 +155,7 @@ class Landmark(GPT):
         position, layers = torch.cat([token, last]), []
         angles = rope(position, c.head_dim)
         for block, layer in zip(self.blocks, cache):
-            x, layer = block(x, angles, layer, (T, position))
+            x, layer = block(x, angles, layer, (T, position))                  # Attention's cache and places
             layers.append(layer)
         return self.head(norm(x[:, :T])), layers                               # (B, T, V)
 

@@ -117,11 +117,11 @@ class Memformer(GPT):
         P = 0 if past[0] is None else past[0][0].size(2)
         angles = rope(torch.arange(P, P + x.size(1), device=x.device), self.c.head_dim)
         longer = []
-        for block, reader, kv, seen in zip(self.blocks, self.readers, past, slots):
+        for block, reader, kv, slots_kv in zip(self.blocks, self.readers, past, slots):
             y, kv = block.attention(norm(x), angles, kv, mask)
             x = x + y
             if self.c.M:                                                       # a softmax over no slots is 0 / 0
-                x = x + reader(norm(x), seen)
+                x = x + reader(norm(x), slots_kv)
             x = x + block.mlp(norm(x))
             longer.append(kv)
         return norm(x), longer

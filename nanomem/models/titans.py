@@ -49,7 +49,7 @@ def products(log):
     """Products of factors, given their logarithms (B, H, T): from token i+1 to token t, (B, H, T, T), 0 for i > t; and
     from the first token to t, (B, H, T, 1)."""
     total = log.cumsum(2)[..., None]
-    return (total - total.mT).tril().exp().tril(), total.exp()
+    return (total - total.mT).tril().exp().tril(), total.exp()                 # above the diagonal exp may overflow
 
 
 def descend(w, s, q, grads, theta, eta, keep):
@@ -67,9 +67,9 @@ def descend(w, s, q, grads, theta, eta, keep):
     So w_t times a vector is attention without a softmax. theta and the logarithms of eta and keep are (B, H, T).
     Returns Mem_t(q_t) (B, H, T, D), each token asking the weights that it leaves, and the last w and s."""
     (e, e0), (f, f0), theta = products(eta), products(keep), theta[:, :, None]
-    fe0, fe, last_w, last_s, y = f @ e0, f @ e * theta, [], [], q
-    for w, s, (d, x) in zip(w, s, grads):
-        inputs = bend(q + y) if last_w else q                                  # of the second layer, of the first
+    fe0, fe, last_w, last_s = f @ e0, f @ e * theta, [], []
+    for layer, (w, s, (d, x)) in enumerate(zip(w, s, grads)):
+        inputs = bend(q + y) if layer else q                                   # y: what the first layer says
         y = f0 * (inputs @ w.mT) + fe0 * (inputs @ s.mT) - (fe * (inputs @ x.mT)) @ d
         last_w.append(f0[:, :, -1:] * w + fe0[:, :, -1:] * s - (fe[:, :, -1:].mT * d).mT @ x)
         last_s.append(e0[:, :, -1:] * s - ((e[:, :, -1:] * theta).mT * d).mT @ x)
@@ -104,9 +104,9 @@ class Memory(nn.Module):
             at, w, s = memory["at"], memory["w"], memory["s"]
             q, k, v = (F.normalize(z.type_as(w[0]), dim=-1) for z in (q, k, v))
             theta, eta, alpha = (self.rates(x) + self.bias).type_as(w[0]).mT.chunk(3, 1)     # (B, H, T)
-            eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # exp(-1e4) is 0
+            eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # log eta
             theta = theta.sigmoid() * (1 - eta.exp()) * min(1, 2 / c.chunk / c.depth)
-            keep = F.logsigmoid(-alpha) * c.forget
+            keep = F.logsigmoid(-alpha) * c.forget                             # log keep
             for q, k, v, *rates in zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, eta, keep))):
                 at = w if P % c.chunk == 0 else at                             # a chunk begins
                 y, w, s = descend(w, s, q, gradients(at, k, v), *rates)

@@ -41,10 +41,10 @@ class WindowAttention(gpt.Attention):
     def attend(self, q, k, v, mask):
         if mask is None or mask.ndim < 5:
             return attend(q, k, v, mask)
-        n, A, near = mask.size(1), mask.size(3), mask.size(4)
-        before = k.size(2) - q.size(2) + A - near                              # positions before the first window
+        n, A, W = mask.size(1), mask.size(3), mask.size(4) - mask.size(3)
+        before = k.size(2) - q.size(2) - W                                     # positions before the first window
         q = q.unflatten(2, (n, A))                                             # (B, H, n, A, D)
-        k, v = (x[:, :, before:].unfold(2, near, A).mT for x in (k, v))        # (B, H, n, W+A, D)
+        k, v = (x[:, :, before:].unfold(2, W + A, A).mT for x in (k, v))       # (B, H, n, W+A, D)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))         # (B n, H, A or W+A, D)
         y = attend(q, k, v, mask.flatten(0, 1))
         return y.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3)           # (B, H, T, D)
@@ -52,7 +52,7 @@ class WindowAttention(gpt.Attention):
 
 class XL(GPT):
     """A cache of the last W tokens, one key and value a layer. Two presets are this model with other settings: `window`
-    slides over the length of one segment, `full` over eight, which is full attention for the length of a BPTT window.
+    slides over the length of one segment, `full` over eight, which is full attention for a text of eight segments.
 
     state    kv (B, L, 2, H, W+1, D) keys and values, the newest last, keys rotated to positions 0..W   n (B,) filled;
              the oldest is not looked at, it is there because half of its key belongs to the next one
