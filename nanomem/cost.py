@@ -63,9 +63,12 @@ class NanoGPT(nn.Module):
             ln2=nn.LayerNorm(c.width), up=nn.Linear(c.width, 4 * c.width), down=nn.Linear(4 * c.width, c.width)))
             for _ in range(c.layers))
         self.ln = nn.LayerNorm(c.width)
-        for p in self.parameters():
+        for name, p in self.named_parameters():                                        # as nanoGPT begins
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
+                last = name.endswith(("out.weight", "down.weight"))                    # of a residual branch
+                nn.init.normal_(p, std=0.02 * (2 * c.layers) ** -0.5 if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     parallel = 1
 
@@ -181,25 +184,30 @@ def cost(model, batch, segments, after, compile=False, dtype=None):
                 **{k: float(np.median(t[-1] / t[0])) for k, t in zip(("read_growth", "decode_growth"), times)})
 
 
-def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20, dtype=None):
+def race(model, books, held_out, steps, batch, segments, rates=(1e-3, 2e-3, 4e-3), checks=10, dtype=None):
     """This model with our recipe against nanoGPT's model with its own (AdamW, warm-up, cosine to a tenth), on the same
     books, tokens and shapes, step by step in turn, so that both have the same machine. nanoGPT's segments are batch
-    elements, as it has no memory. `lr` is nanoGPT's; ours is that of optim.py.
+    elements, as it has no memory. It runs once with each of the learning `rates`, and the run with the lowest last loss
+    counts. Our rates are those of optim.py.
 
     steps        tokens, seconds and held-out loss of both, at `checks` places
+    rates        {learning rate of nanoGPT: its last loss}
     tokens_over  our tokens a second over nanoGPT's
     time_over    our time to nanoGPT's last loss, over its time (interpolated between two places); None if not reached
     """
     c, device = model.c, stream.device_of(model)
     loader = Loader(books, batch, segments * c.seg)
-    plain = NanoGPT(c).to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     cosine = lambda step: min(1, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-    sides = [(model, optimizers_of(model), lambda step: schedule(step, steps)),
-             (plain, optimizers_of(plain, muon=0, lr=lr), cosine)]
-    states, spent, found = [m.init_state(batch) for m, _, _ in sides], np.zeros(2), []
+    plain, sides = NanoGPT(c).to(device), [(model, optimizers_of(model), lambda step: schedule(step, steps))]
+    for rate in rates:
+        other = copy.deepcopy(plain)
+        sides.append((other, optimizers_of(other, muon=0, lr=rate), cosine))
+    states, spent, checked = [m.init_state(batch) for m, _, _ in sides], np.zeros(len(sides)), []
     for step in range(steps):
         part = loader.next().to(device)
         for i, (m, optimizers, part_of_peak) in enumerate(sides):
+            wait()
             start = time.perf_counter()
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
@@ -211,6 +219,7 @@ def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20, dty
             for optimizer, _ in optimizers:
                 optimizer.step()
             m.zero_grad()
+            wait()
             spent[i] += time.perf_counter() - start
         if (step + 1) % max(1, steps // checks) == 0 or step + 1 == steps:
             losses = []
@@ -220,17 +229,20 @@ def race(model, books, held_out, steps, batch, segments, lr=4e-3, checks=20, dty
                 parts = [(nll.sum().item(), (y.y >= 0).sum().item()) for y, nll, _ in stream.evaluate(m, held, 8)]
                 losses.append(sum(n for n, _ in parts) / sum(n for _, n in parts))
                 m.train()
-            found.append(dict(step=step + 1, tokens=(step + 1) * batch * segments * c.seg,
-                              ours=[spent[0], losses[0]], nanogpt=[spent[1], losses[1]]))
-    goal = found[-1]["nanogpt"][1]
+            checked.append((step + 1, spent.tolist(), losses))
+    best = 1 + int(np.argmin(losses[1:]))
+    found = [dict(step=n, tokens=n * batch * segments * c.seg, ours=[times[0], losses[0]],
+                  nanogpt=[times[best], losses[best]]) for n, times, losses in checked]
+    goal, whole = losses[best], spent[best]
     time_over, before = None, (0.0, math.inf)
     for x in found:
         seconds_, loss = x["ours"]
         if loss <= goal and time_over is None:
             share = (before[1] - goal) / (before[1] - loss) if before[1] < math.inf else 1
-            time_over = (before[0] + share * (seconds_ - before[0])) / spent[1]
+            time_over = (before[0] + share * (seconds_ - before[0])) / whole
         before = (seconds_, loss)
-    return dict(steps=found, tokens_over=spent[1] / spent[0], time_over=time_over)
+    return dict(steps=found, rates={str(rate): loss for rate, loss in zip(rates, losses[1:])},
+                tokens_over=whole / spent[0], time_over=time_over)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -137,11 +137,18 @@ def accuracy_map(models, task, path):
              lambda v: f"{100 * v:.0f}", far, ends=(0, 1))
 
 
+def compared(models):
+    """The results on books that have a seed in common with gpt's; {} without gpt's."""
+    results = results_of(models, "books")
+    seeds = {*results["gpt"]["all"]["by_book"]} if "gpt" in results else set()
+    return {name: r for name, r in results.items() if seeds & {*r["all"]["by_book"]}}
+
+
 def books_lines(models, path):
     """Loss minus gpt's by position, of the models that are best in the end; None without gpt's."""
-    results = results_of(models, "books")
+    results = compared(models)
     base = results.pop("gpt", None)
-    if base is None or not results:
+    if not results:
         return None
     best = sorted(results, key=lambda name: results[name]["all"]["loss"])[:MOST_LINES]
     series = {name: [interval(ours["by_book"], theirs["by_book"])
@@ -155,12 +162,12 @@ def books_lines(models, path):
 def against_bytes(models, path):
     """What a memory is worth against its size in that test: far recall, and the gain over gpt on books. None where
     there is neither recall of two models nor gpt's books and another's."""
-    recall, books, panels = results_of(models, "recall"), results_of(models, "books"), []
+    recall, books, panels = results_of(models, "recall"), compared(models), []
     if len(recall) > 1:
         panels.append(("recall beyond the first segment, mean, %", "right answers, %",
                        {name: (max(part.get("state_bytes", 0) for part in r),
                                100 * np.mean([part["accuracy"] for part in r[1:]])) for name, r in recall.items()}))
-    if len(books) > 1 and "gpt" in books:
+    if len(books) > 1:
         gpt = books["gpt"]["all"]["by_book"]
         panels.append(("books: gain over gpt", "nats a token",
                        {name: (r["state_bytes"], interval(gpt, r["all"]["by_book"])[0]) for name, r in books.items()}))

@@ -8,23 +8,25 @@ PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))
 
 
 def merged(runs):
-    """The results of several seeds as one: the mean of each number, of an accuracy also `each`, and by_book of each
-    seed. Of lists, the first entries that all seeds have."""
-    one = runs[0]
+    """The results {seed: result} as one: the mean of each number, of an accuracy also `each`, and by_book as {seed:
+    by_book}. Of lists, the first entries that all seeds have. Where a seed has None, so has the result."""
+    one, results = next(iter(runs.values())), runs.values()
     if isinstance(one, dict):
-        each = dict(each=[r["accuracy"] for r in runs]) if "accuracy" in one else {}
-        each.update({k: [r[k] for r in runs] for k in ("by_book",) if k in one})
-        return {**{k: merged([r[k] for r in runs]) for k in one if all(k in r for r in runs)}, **each}
+        same = {k: {seed: r[k] for seed, r in runs.items()} for k in one if all(k in r for r in results)}
+        each = dict(each=list(same["accuracy"].values())) if "accuracy" in same else {}
+        return {**{k: of if k == "by_book" else merged(of) for k, of in same.items()}, **each}
     if isinstance(one, list):
-        return [merged(same) for same in zip(*runs)]
-    return one if all(r == one for r in runs) else sum(runs) / len(runs)
+        return [merged(dict(zip(runs, same))) for same in zip(*results)]
+    if all(r == one for r in results):
+        return one
+    return None if None in results else sum(results) / len(runs)
 
 
 def collect(results):
     """The contents of result files -> {model: {task: what was measured, merged over seeds}}, in their order."""
     models = {}
     for r in results:
-        models.setdefault(r["model"], {}).setdefault(r["task"], []).append(r["measured"])
+        models.setdefault(r["model"], {}).setdefault(r["task"], {})[r["seed"]] = r["measured"]
     return {model: {task: merged(runs) for task, runs in by_task.items()} for model, by_task in models.items()}
 
 
@@ -42,20 +44,27 @@ def head(results, command):
 def interval(ours, theirs, draws=2000):
     """The difference of two losses in nats and its 95% interval over books and seeds: books, and the seeds that both
     models have, are drawn again and again, with replacement. Both models read the same books, with the same seed in the
-    same order, so it is their differences that are drawn. ours and theirs: [nats, scored] of each book, for each
-    seed."""
-    seeds, rng = min(len(ours), len(theirs)), np.random.default_rng(0)
-    (x, n), (y, _) = (np.moveaxis(np.array(z[:seeds], float), 2, 0) for z in (ours, theirs))        # (seeds, books)
-    more, n = x - y, n[0]
-    books, chosen = rng.integers(len(n), size=(draws, len(n))), rng.integers(seeds, size=(draws, seeds))
-    drawn = np.take_along_axis(more[chosen].mean(1), books, 1).sum(1) / np.maximum(n[books].sum(1), 1)
+    same order, so it is their differences that are drawn. ours and theirs: {seed: [nats, scored] of each book}. All
+    three are nan if no seed is common to both; with a single one, the interval is over books alone."""
+    seeds, rng = sorted({*ours} & {*theirs}), np.random.default_rng(0)
+    if not seeds:
+        return np.nan, np.nan, np.nan
+    (x, n), (y, _) = (np.moveaxis(np.array([z[seed] for seed in seeds], float), 2, 0) for z in (ours, theirs))
+    more, n, S = x - y, n[0], len(seeds)                                       # (seeds, books), (books,)
+    mean = more.mean(0)
+    wider = mean + (more - mean) * (S / max(1, S - 1)) ** 0.5                  # draws of S vary too little, by (S-1)/S
+    books, chosen = rng.integers(len(n), size=(draws, len(n))), rng.integers(S, size=(draws, S))
+    drawn = np.take_along_axis(wider[chosen].mean(1), books, 1).sum(1) / np.maximum(n[books].sum(1), 1)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return more.mean(0).sum() / n.sum(), low, high
+    return mean.sum() / n.sum(), low, high
 
 
 def difference(ours, theirs, digits=3):
-    """The loss of one part of the books minus another model's, with its interval; ~ where that holds 0."""
+    """The loss of one part of the books minus another model's, with its interval; ~ where that holds 0. "" if they have
+    no seed in common."""
     mean, low, high = interval(ours["by_book"], theirs["by_book"])
+    if np.isnan(mean):
+        return ""
     return f"{mean:+.{digits}f} ({low:+.{digits}f} {high:+.{digits}f}){'~' if low <= 0 <= high else ' '}"
 
 
@@ -110,7 +119,8 @@ def first_table(models):
         if books:
             cells["loss"] = f"{books['all']['loss']:.3f}"
             if gpt:
-                cells["- gpt"] = f"{interval(books['all']['by_book'], gpt['all']['by_book'])[0]:+.3f}"
+                more = interval(books["all"]["by_book"], gpt["all"]["by_book"])[0]
+                cells["- gpt"] = "" if np.isnan(more) else f"{more:+.3f}"
         for i, part in enumerate(recall[:4] if recall else []):
             cells["recall " * (i == 0) + column_of(part)] = f"{part['accuracy']:.0%}"
         if books or cost:
@@ -164,7 +174,7 @@ def books_tables(models):
     for key, title in dict(empty="when the memory is empty", another="with another book's memory").items():
         found += by_model(f"Loss increase {title}, by position in the book",
                           {name: r for name, r in results.items() if key in r["all"]}, heads,
-                          lambda r: [f"{part[key]:.3f}" for part in parts(r)])
+                          lambda r: ["" if part[key] is None else f"{part[key]:.3f}" for part in parts(r)])
     words = {name: r for name, r in results.items() if r.get("words")}
     if words:
         base = base if base in words else next(iter(words))
@@ -182,7 +192,7 @@ def books_tables(models):
 
 def rates_table(models):
     tried = {name: r.get("rates") or r.get("books", {}).get("search") for name, r in models.items()}
-    return by_model("Loss on held-out text after a tenth of the steps, by what the learning rates were multiplied with; "
+    return by_model("Loss on held-out text after a tenth of the steps, by what the rates were multiplied with; "
                     "the best one is taken", {name: r for name, r in tried.items() if r}, list,
                     lambda r: [f"{loss:.3f}" for loss in r.values()])
 
@@ -231,21 +241,23 @@ def cost_tables(models):
                             "over that of nanoGPT's model, same shape, plain PyTorch, and over that of a large "
                             "matrix product; peak bytes of a training step", results,
                             lambda r: ["read", "decode", "train " + ("compiled" if r["compiled"] else "eager"),
-                                       *(["of a product", "step"] if "training_peak" in r else [])],
+                                       "of a product", "step"],
                             lambda r: [f"{r['read_growth']:.2f}x", f"{r['decode_growth']:.2f}x",
-                                       f"{r['speed_over_nanogpt']:.2f}x",
-                                       *([f"{r['share_of_product']:.0%}", size(r["training_peak"])]
-                                         if "training_peak" in r else [])])
+                                       f"{r['speed_over_nanogpt']:.2f}x", f"{r['share_of_product']:.0%}",
+                                       size(r["training_peak"])])
 
 
 def race_table(models):
-    rows = [[name, f"{r['steps'][-1]['tokens'] / 1e6:.1f}M", f"{r['steps'][-1]['nanogpt'][1]:.3f}",
+    results = results_of(models, "race")
+    rows = [[name, f"{r['steps'][-1]['tokens'] / 1e6:.1f}M",
+             ", ".join(f"{loss:.3f} at {rate}" for rate, loss in r["rates"].items()),
              f"{r['steps'][-1]['ours'][1]:.3f}", f"{r['tokens_over']:.2f}x",
              "not reached" if r["time_over"] is None else f"{r['time_over']:.2f}x"]
-            for name, r in results_of(models, "race").items()]
+            for name, r in results.items()]
     head = ["model", "tokens", "nanoGPT's last loss", "ours", "our tokens/s", "our time to nanoGPT's last loss"]
-    return ["Against nanoGPT's model and recipe, on the same tokens and shapes, step by step in turn; times and speed "
-            f"over nanoGPT's:\n\n{table(head, rows)}"] if rows else []
+    title = ("Against nanoGPT's model and recipe, at each of these learning rates, the best of which counts; on the "
+             "same tokens and shapes, step by step in turn; times and speed over nanoGPT's")
+    return [f"{title}:\n\n{table(head, rows)}"] if rows else []
 
 
 def replay_table(models):

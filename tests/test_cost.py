@@ -60,8 +60,9 @@ def test_a_race_gives_both_sides_the_same_tokens_and_its_ratios_agree():
     enc = data.tokenizer("bytes")
     books = data.from_texts(enc, [(str(i), "the whale and the sea " * 60) for i in range(4)])
     model = nanomem.build("gpt", vocab=320, layers=1, heads=2, width=32, seg=16)
-    found = cost.race(model, books, books, steps=30, batch=4, segments=2, checks=6)
+    found = cost.race(model, books, books, steps=30, batch=4, segments=2, rates=(1e-6, 4e-3), checks=6)
     last = found["steps"][-1]
     assert last["tokens"] == 30 * 4 * 2 * 16 and found["steps"][0]["ours"][1] > last["ours"][1] < 4
+    assert last["nanogpt"][1] == found["rates"]["0.004"] < found["rates"]["1e-06"]       # the best rate counts
     assert found["tokens_over"] == last["nanogpt"][0] / last["ours"][0]
     assert last["ours"][1] > last["nanogpt"][1] or found["time_over"] <= last["ours"][0] / last["nanogpt"][0] + 1e-9

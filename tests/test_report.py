@@ -1,4 +1,5 @@
 """report.py: intervals, means over seeds, tables and claims, from plain dicts."""
+import numpy as np
 import pytest
 
 from nanomem import report
@@ -7,17 +8,35 @@ from nanomem.claims import claims_table
 
 def test_an_interval_holds_the_mean_and_none_is_left_when_the_books_agree():
     theirs = [[10.0 * n, n] for n in (5, 7, 100)]
-    mean, low, high = report.interval([[[nats - n / 2, n] for nats, n in theirs]], [theirs])
+    mean, low, high = report.interval({1: [[nats - n / 2, n] for nats, n in theirs]}, {1: theirs})
     assert mean == low == high == -0.5
-    mean, low, high = report.interval([[[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))]], [theirs])
+    mean, low, high = report.interval({1: [[nats + d, n] for (nats, n), d in zip(theirs, (9, -9, 3))]}, {1: theirs})
     assert low < mean < high and abs(mean - 3 / 112) < 1e-12
 
 
-def test_an_interval_is_as_wide_as_the_seeds_differ():
-    books = lambda loss: [[loss * n, n] for n in (50, 100)]
-    assert report.interval([books(1.0)] * 3, [books(2.0)])[1:] == (-1.0, -1.0)
-    mean, low, high = report.interval([books(1.0), books(1.5)], [books(2.0), books(2.0)])
-    assert (mean, low, high) == (-0.75, -1.0, -0.5)
+def losses(*each, first=1):
+    """Two books of 50 and 100 tokens, with these losses of the seeds first, first + 1, ..."""
+    return {seed: [[loss * n, n] for n in (50, 100)] for seed, loss in enumerate(each, first)}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_an_interval_is_as_wide_as_the_seeds_differ(seeds):
+    """The mean of S seeds varies by their variance over S, which S - 1 of S seeds estimate without bias."""
+    assert report.interval(losses(*[1.0] * seeds), losses(*[2.0] * seeds)) == (-1.0, -1.0, -1.0)
+    rng = np.random.default_rng(0)
+    ours = rng.normal(1.0, 0.1, seeds)
+    mean, low, high = report.interval(losses(*ours), losses(*[2.0] * seeds), draws=20_000)
+    assert abs(mean - (ours.mean() - 2)) < 1e-12
+    half = 1.96 * ours.std(ddof=1) / seeds ** 0.5
+    assert 0.6 * 2 * half < high - low < 1.1 * 2 * half                        # few seeds have few different means
+
+
+def test_seeds_are_compared_by_number_and_only_those_of_both():
+    ours, theirs = losses(9.0, 1.0), losses(2.0, 7.0, first=2)                 # seeds 1 and 2, and seeds 2 and 3
+    assert report.interval(ours, theirs) == (-1.0, -1.0, -1.0)
+    assert np.isnan(report.interval(losses(1.0), theirs)).all()
+    part = lambda by_book: dict(by_book=by_book)
+    assert report.difference(part(losses(1.0)), part(theirs)) == ""
 
 
 @pytest.mark.parametrize("start, end, said", [(0, 512, "0-512"), (512, 1024, "512-1k"), (4096, 1 << 40, "4k and more")])
@@ -38,7 +57,9 @@ def test_seeds_become_a_mean_and_accuracies_are_kept_too():
                           gpt=dict(recall=[]))
     text = report.tables(models, dict(recall="by tokens"))
     assert "50% (25% to 75%)" in text and "| gpt " not in text
-    assert report.merged([dict(a=[1, 2, 3], b="x"), dict(a=[3, 4], b="x")]) == dict(a=[2, 3], b="x", )
+    assert report.merged({1: dict(a=[1, 2, 3], b="x"), 2: dict(a=[3, 4], b="x")}) == dict(a=[2, 3], b="x")
+    assert report.merged({1: dict(time_over=None, by_book=[[5, 1]]), 3: dict(time_over=0.5, by_book=[[6, 1]])}) == dict(
+        time_over=None, by_book={1: [[5, 1]], 3: [[6, 1]]})
 
 
 def test_minutes_of_a_training_that_serves_two_tasks_count_once():
@@ -54,17 +75,17 @@ def books(loss, per_book=(0, 0), **more):
     def part(start, end):
         n = end - start
         return dict(start=start, end=end, tokens=2 * n, loss=loss, bits_per_byte=2.0, word_perplexity=9.0, empty=0.125,
-                    another=0.5, by_book=[[[n * (loss + x), n] for x in per_book]])
+                    another=0.5, by_book={1: [[n * (loss + x), n] for x in per_book]})
     return dict(books=2, interleave=1, parameters=1000, state_bytes=2048, all=part(0, 300),
                 by_position=[part(0, 256), part(256, 300)], in_segment=[dict(start=0, end=1, loss=loss)],
-                words=[dict(start=n, end=n + 1, words=70, loss=20 * loss, by_book=[[[20 * loss * 35, 35]] * 2])
+                words=[dict(start=n, end=n + 1, words=70, loss=20 * loss, by_book={1: [[20 * loss * 35, 35]] * 2})
                        for n in (0, 1)], search={}, **more)
 
 
 def cost():
     reading = [dict(after=n, read_ms=0.5, decode_ms=2.0, held=100, peak=2 ** 21) for n in (1024, 2048)]
     return dict(parameters=1000, state_bytes=2048, compiled=False, training_tokens_per_s=12345.6, reading=reading,
-                speed_over_nanogpt=1.5, read_growth=1.0, decode_growth=1.25)
+                speed_over_nanogpt=1.5, read_growth=1.0, decode_growth=1.25, share_of_product=0.3, training_peak=2 ** 20)
 
 
 def test_the_first_table_fits_a_page_and_its_words_are_plain():
@@ -101,20 +122,30 @@ def curve(*accuracies):
     return [dict(start=4 * 2 ** i, accuracy=a) for i, a in enumerate(accuracies)]
 
 
+MPLUS = "mplus:ask=self:query=1:store=512"   # as the task retain has it
+
+
 def test_a_store_keeps_longer_or_not():
     models = {"memoryllm": dict(retain=curve(1, 0.9, 0.4, 0.1, 0, 0)),
-              "mplus:store=9": dict(retain=curve(1, 1, 1, 1, 1, 1)),
-              "mplus:store=9/search=random": dict(retain=curve(0, 0))}
+              MPLUS: dict(retain=curve(1, 1, 1, 1, 1, 1)), f"{MPLUS}/search=random": dict(retain=curve(0, 0))}
     assert "after 16 tokens, with the store at none of up to 128" in claims(models)
     assert "does not hold" not in claims(models)
-    models["mplus:store=9"] = dict(retain=curve(1, 0.9, 0.8, 0.7, 0.4))
+    models[MPLUS] = dict(retain=curve(1, 0.9, 0.8, 0.7, 0.4))
     assert "after 16 tokens, with the store after 64" in claims(models) and "does not hold" in claims(models)
+    models[MPLUS] = dict(retain=curve(1, 1, 1, 1, 1))                          # up to 64 tokens: not 8 times as many
+    assert "none of up to 64" in claims(models) and "does not hold" in claims(models)
+
+
+def test_an_ablation_is_not_taken_for_the_model_of_a_paper():
+    recall = dict(recall=[dict(start=i, accuracy=0.5 * i, questions=9) for i in (0, 1)])
+    assert claims({"deltanet:rule=gated": recall, "mamba:conv=no": recall, "titans:momentum=no": recall}) == ""
+    assert "Gated DeltaNet" in claims(dict(deltanet=recall, mamba=recall))
 
 
 def test_eidetic_tokens_help_or_not():
     answers = lambda near, far: dict(mqar=[dict(accuracy=near, questions=30), dict(accuracy=far, questions=70)])
-    models = {"mamba:state=8": answers(0.24, 0.24), "hybrid:state=8": answers(1, 0.2),
-              "bmojo_f:state=8": answers(1, 0.1), "bmojo:state=8:window=16:eidetic=32": answers(1, 1),
+    models = {"mamba:state=8": answers(0.24, 0.24), "hybrid:state=8:window=16": answers(1, 0.2),
+              "bmojo_f:state=8:window=16": answers(1, 0.1), "bmojo:state=8:window=16:eidetic=32": answers(1, 1),
               "bmojo:state=8:window=16:eidetic=32:select=random": answers(0, 0)}
     assert "24%, 44%, 37%, 100% of all questions; beyond the window 24%, 20%, 10%, 100%" in claims(models)
     assert "does not hold" not in claims(models)
@@ -125,15 +156,17 @@ def test_eidetic_tokens_help_or_not():
 @pytest.mark.parametrize("length, measured", [(65_536, True), (4096, False)])
 def test_a_needle_is_found_far_away_or_that_was_not_measured(length, measured):
     needle = [dict(length=64, accuracy=0.9, hits=0.9), dict(length=length, accuracy=1, hits=1)]
-    text = claims({"gca:chunk=4": dict(needle=needle)})
+    text = claims({"gca:chunk=4:bypass=no": dict(needle=needle)})
     assert ("100% right, 100% retrieved in 65,536 tokens" in text) == measured and bool(text) == measured
 
 
 def test_a_model_beats_another_on_books_or_not():
     models = dict(rmt=dict(books=books(5.0)), hmt=dict(books=books(4.5)))
-    assert "-0.500 nats a token (-0.500 to -0.500)" in claims(models) and "does not hold" not in claims(models)
-    models["hmt"]["books"]["all"]["by_book"] = [[[300 * 6.0, 300], [300 * 4.0, 300]]]
+    assert "-0.500 nats a token (-0.500 to -0.500), one seed" in claims(models) and "does not hold" not in claims(models)
+    models["hmt"]["books"]["all"]["by_book"] = {1: [[300 * 6.0, 300], [300 * 4.0, 300]]}
     assert "does not hold" in claims(models)
+    models["hmt"]["books"]["all"]["by_book"] = {2: [[300 * 4.0, 300]] * 2}     # no seed that rmt has
+    assert claims(models) == ""
 
 
 def test_one_model_recalls_more_than_another_or_not():
@@ -145,6 +178,8 @@ def test_one_model_recalls_more_than_another_or_not():
     same = {"deltanet:state=52": columns((0, 9), (1, 9)), "mamba:state=60": columns((0, 9), (0, 9))}
     models.update({model: dict(recall_bytes=r["recall"]) for model, r in same.items()})
     assert "100% from before the segment, mamba 0% (states of 32 KB)" in claims(models)
+    models["mamba:state=60"]["recall_bytes"][1]["accuracy"] = 0.96             # both know nearly all
+    assert "mamba 96% (states of 32 KB) | open |" in claims(models)
 
 
 def test_gradient_through_more_segments_helps_or_not():
@@ -164,6 +199,8 @@ def test_each_part_of_titans_helps_or_not():
     assert "does not hold" not in claims(models)
     models["titans:momentum=no"] = columns(0.95)
     assert "does not hold" in claims(models)
+    models.update({name: columns(1) for name in models})
+    assert " open |" in claims(models)
 
 
 def test_replay_stands_beside_the_paper():
