@@ -24,7 +24,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
 Each task, model and seed has one small file of results, OUT/results/TASK-MODEL-SEED.json. What is there with the same
 settings is not measured again, so a comparison can be interrupted, or divided among machines: copy the files together.
---report makes the report of what is there, and trains nothing.
+--report makes the report of what is there and trains nothing; --overwrite does all again, for a model that has changed.
 """
 import contextlib
 import importlib.util
@@ -32,6 +32,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -55,7 +56,8 @@ class Bench(suites.Suite):
     suite: str = "laptop"        # laptop or night: night has other defaults
     data: str = ""               # shards with the books; without it the embedded Moby-Dick
     final: bool = False          # measure on the test books: once, when everything is decided
-    out: str = "out/bench"       # folder for checkpoints, results and report
+    out: str = ""                # folder for checkpoints, results and report (without it out/bench, out/night)
+    overwrite: bool = False      # train and measure again what is there already
     device: str = ""             # cpu, cuda, mps
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
     plot: bool = False           # draw pictures of books, tasks and cost (needs matplotlib)
@@ -95,6 +97,7 @@ def models_of(b, task):
         return trained + usual + f"/{tested}" * bool(tested) if alone else word
     typed = [word.strip() for word in b.models.split(",") if word.strip()]
     models = [m for word in typed for m in (every if word == "all" else [in_full(word)])] or made_for or every
+    models = list(dict.fromkeys(models))                       # --models=gpt,all names gpt twice
     if task == "rates":   # a model with a rate of its own needs no search
         models = [model for model in models if "lr" not in parts_of(model)[1]]
     for model in models:
@@ -171,7 +174,7 @@ def settings_of(b, job):
     else:
         found = dict(search=b.search, final=b.final)
     if job.task == "books":   # no model is scored where one of them has seen the target
-        models = [model for model in models_of(b, "books") if set(model) & set(":/")]
+        models = [model for model in models_of(b, "books") if model not in nanomem.MODELS]
         found.update(upto=b.upto, not_scored=[model for model in models if not untrained(b, model).scored().all()])
     if job.training:
         found["train"] = " ".join(flags_of(b, job.training))
@@ -180,23 +183,43 @@ def settings_of(b, job):
     return json.loads(json.dumps(found))
 
 
+@cache
+def hash_of_books(folder, split, tokenizer=BYTES["tokenizer"]):
+    """A checksum of the books, "" for a task."""
+    return "" if tasks.is_task(folder) else data.open_books(folder, split, tokenizer).fingerprint()
+
+
+def books_of(b, job):
+    """Checksums of the books that a job is about, None where there are none or they are not here."""
+    if job.task in TASKS or job.task in ("cost", "replay"):
+        return None
+    with contextlib.suppress(UserError):
+        return [hash_of_books(b.data, split) for split in ("train", "test" if b.final else "validation")]
+
+
 NO_EFFECT = ("device", "log_interval", "eval_interval", "eval_batches", "minutes")    # on the weights
 
 
-def trained(flags, out, until=math.inf):
-    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one.
-    Raises TimeUp if it is not there at the time `until`: what there is then is saved."""
+def trained(flags, out, until=math.inf, overwrite=False):
+    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one, as
+    always with `overwrite`. Raises TimeUp if it is not there at the time `until`: what there is then is saved. Raises
+    UserError where a training with other flags would be lost."""
     typed, fields = train.parse(flags)
-    last, extra = out / "last.pt", "--overwrite"
-    if last.exists():
-        with contextlib.suppress(UserError):
+    last, extra, saved = out / "last.pt", "--overwrite", None
+    if last.exists() and not overwrite:
+        with contextlib.suppress(UserError):           # a damaged file is no loss
             saved = checkpoint.load(last, "checkpoint")
-            was = {**saved["run"], **saved["config"]}
-            same_code = saved.get("code", "") == nanomem.code_of(typed["model"])
-            if same_code and all(was.get(k) == v for k, v in {**typed, **fields}.items() if k not in NO_EFFECT):
-                if saved["step"] == typed["steps"]:
-                    return saved
-                extra = "--resume"
+    if saved and saved.get("code", "") == nanomem.code_of(typed["model"]):     # else a student's file has changed
+        was = {**saved["run"], **saved["config"], "books": saved["data_hash"]}
+        now = {k: v for k, v in {**typed, **fields}.items() if k not in NO_EFFECT}
+        now["books"] = hash_of_books(typed["data"], "train", typed.get("tokenizer", BYTES["tokenizer"]))
+        for k, v in now.items():
+            if was.get(k) != v:
+                what = "with other books" if k == "books" else f"with --{k}={was.get(k)}, not {v}"
+                raise UserError(f"{out} holds a training {what}: --overwrite it, or choose another --out")
+        if saved["step"] == typed["steps"]:
+            return saved
+        extra = "--resume"
     minutes = min((until - time.time()) / 60, 1e6)
     if minutes <= 0:
         raise TimeUp
@@ -228,11 +251,16 @@ def train_for(b, group, until):
     training, device = group[0].training, [f"--device={b.device}"] if b.device else []
     out, tried, saved, seconds = Path(b.out) / str(training), {}, None, 0
     for x, short in searched(b, training).items():
-        one = trained([*flags_of(short, training), "--eval_batches=16", *device], Path(f"{out}-x{x}"), until)
-        tried[x], seconds = one["best"], seconds + one["seconds"]
+        flags = [*flags_of(short, training), "--eval_batches=16", *device]
+        try:
+            one = trained(flags, Path(f"{out}-x{x}"), until, b.overwrite)
+            tried[x], seconds = one["best"], seconds + one["seconds"]
+        except train.Diverged:                         # a rate that is too high
+            tried[x] = math.inf
     if not only_rates(group):
         best = float(min(tried, key=tried.get)) if tried else 1
-        saved = trained([*flags_of(replace(b, lr=b.lr * best, muon=b.muon * best), training), *device], out, until)
+        flags = [*flags_of(replace(b, lr=b.lr * best, muon=b.muon * best), training), *device]
+        saved = trained(flags, out, until, b.overwrite)
         seconds += saved["seconds"]
     return saved, tried, seconds
 
@@ -292,7 +320,8 @@ def work(b, group, command, until):
         torch.manual_seed(job.seed)
         start = time.perf_counter()
         found = measured(b, job, saved, tried)
-        write_result(b.out, job, settings=settings_of(b, job), command=command, torch=torch.__version__,
+        more = dict(books=books_of(b, job)) if books_of(b, job) else {}
+        write_result(b.out, job, settings=settings_of(b, job), **more, command=command, torch=torch.__version__,
                      machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=seconds / 60,
                      minutes=(time.perf_counter() - start) / 60, measured=found)
 
@@ -301,7 +330,8 @@ def options(argv):
     """The command line as a Bench, and its tasks in the order of the report."""
     (typed,), words = cli.parse(argv, Bench)
     suite = typed.get("suite", Bench.suite)
-    b = Bench(**{**suites.SUITES.get(suite, {}), **typed})
+    out = "out/bench" if suite == Bench.suite else f"out/{suite}"
+    b = Bench(**{"out": out, **suites.SUITES.get(suite, {}), **typed})
     names = [word.strip() for word in b.tasks.split(",") if word.strip()]
     if words:
         raise UserError(f"bench.py takes only flags, got {words[0]}")
@@ -313,6 +343,8 @@ def options(argv):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     if "rates" in names and not b.search:
         raise UserError("--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2")
+    if b.search and not all(re.fullmatch(r"\d*\.?\d+", x) and float(x) for x in b.search.split(",")):
+        raise UserError(f"--search={b.search} is no list of numbers with commas between them, such as --search=0.5,1,2")
     for flag, least in dict(seeds=1, jobs=0, read=2048).items():   # read: cost is compared with that after 1,024 tokens
         if getattr(b, flag) < least:
             raise UserError(f"--{flag}={getattr(b, flag)} is too little: at least {least}")
@@ -354,13 +386,15 @@ def vocab_of(folder):
 
 def main(argv):
     b, names = options(argv)
-    command = " ".join(["python bench.py", *[flag for flag in argv if not flag.startswith("--report")]])
+    switches = ("--report", "--overwrite")
+    command = " ".join(["python bench.py", *[word for word in argv if not word.startswith(switches)]])
     seeds = range(b.seed, b.seed + b.seeds)
     jobs = [Job(task, model, seed) for task in names for model in models_of(b, task)
             for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
     if not jobs:
         raise UserError("nothing to do: --tasks=rates is for models without a learning rate of their own")
-    left = [job for job in jobs if not read_result(b.out, job, settings_of(b, job))]
+    result = lambda job: read_result(b.out, job, settings_of(b, job), books_of(b, job))
+    left = [job for job in jobs if b.overwrite or not result(job)]
     left.sort(key=lambda job: (job.seed, names.index(job.task), job.model not in suites.FIRST))
     groups = {}                                                          # the jobs that need the same training
     for job in left:
@@ -385,8 +419,9 @@ def main(argv):
             bar.set_description(group[-1].model)
             bar.update(not isinstance(error, TimeUp))
 
-    results = [found for job in jobs if (found := read_result(b.out, job, settings_of(b, job)))]
-    rest = f"{len(results)} of {len(jobs)} jobs are done: the same command{' without --report' * b.report} goes on"
+    results = [found for job in jobs if (found := result(job))]
+    without = "".join(f" without {switch}" for switch in switches if getattr(b, switch[2:]))
+    rest = f"{len(results)} of {len(jobs)} jobs are done: the same command{without} goes on"
     if not results:
         if failed:
             raise UserError(failed[0])
@@ -402,6 +437,9 @@ def main(argv):
         raise UserError(f"not all of it could be measured: {'; '.join(failed)}")
     if len(results) < len(jobs):
         print(rest)
+    elif not b.report and len(left) < len(jobs):
+        print(f"{len(jobs) - len(left)} of {len(jobs)} results were there already: --overwrite measures them again, "
+              "as you will want to if you have changed a model")
     return 0
 
 

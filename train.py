@@ -28,6 +28,10 @@ from nanomem.models import gpt
 SAVE_EVERY = 300   # seconds between two checkpoints at most: what a kill can cost
 
 
+class Diverged(UserError):
+    """The loss or the gradient is no number any more."""
+
+
 @dataclass
 class Run:
     model: str = "rmt"           # gpt, window, xl, full, rmt, hmt, memformer, mamba, gca, ..., or a file: folder/hmt.py
@@ -71,7 +75,7 @@ def parse(argv, name=Run.model):
 
 def load_run(argv):
     """The checkpoint that --resume goes on from; None without --resume."""
-    if not any(arg in ("--resume", "--resume=yes", "--resume=true", "--resume=1") for arg in argv):
+    if not any(arg.lower() in ("--resume", "--resume=yes", "--resume=true", "--resume=1") for arg in argv):
         return None
     out = cli.peek(argv, "out", f"out/{Path(cli.peek(argv, 'model', Run.model)).stem}")
     return checkpoint.load(Path(out) / "last.pt", "checkpoint")
@@ -102,7 +106,7 @@ def loaders(run, typed, seg):
     T, interleave = run.segments * seg, dict(interleave=run.interleave, interleave_len=run.interleave_len * seg)
     if tasks.is_task(run.data):
         return (tasks.TaskLoader(run.data, run.batch, T, seed=run.seed),
-                lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1)), tasks.vocab_of(run.data), "")
+                lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1, 1)), tasks.vocab_of(run.data), "")
     if run.data and not Path(run.data).exists():
         raise UserError(f"there is no folder {run.data}, and no task of that name: "
                         + cli.nearest(run.data.partition(":")[0], list(tasks.TASKS)))
@@ -136,7 +140,7 @@ def validate(model, loader, batches, dtype):
 def check_resume(saved, run, typed, fields):
     """Raises UserError where what was typed contradicts the run that goes on."""
     was = {**saved["run"], **saved["config"], "model": saved["name"]}
-    fixed = ("model", "data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon")
+    fixed = ("model", "data", "tokenizer", "batch", "segments", "interleave", "interleave_len", "seed", "muon", "decay")
     for k in (*fixed, *fields):
         new = typed.get(k, fields.get(k, was.get(k)))
         if k not in was or new != was[k]:
@@ -281,7 +285,7 @@ def train(run, typed, fields, saved, out, rank, world):
             for i, numbers in enumerate(zip(losses, norms)):
                 for name, v in zip(("loss", "gradient"), numbers):
                     if not math.isfinite(v):
-                        raise UserError(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr"
+                        raise Diverged(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr"
                                         + (f"; {last} is the last good checkpoint" if has_saved else ""))
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent

@@ -47,17 +47,23 @@ def target(path):
     return real
 
 
-def save(path, kind, **content):
-    """Write a file that `load` reads. The old file stays whole until the new one is."""
+def write_whole(path, write):
+    """Call write(scratch), which writes a file beside `path`, and put it there. The old file stays whole until the new
+    one is."""
     path = target(path)
-    content = dict(format=f"nanomem {kind}", version=VERSION, **content)
     scratch = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content, checksum=checksum(content)), scratch)
+        write(scratch)
         os.replace(scratch, path)
     except (OSError, RuntimeError) as e:             # torch.save raises RuntimeError where it cannot open the file
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def save(path, kind, **content):
+    """Write a file that `load` reads."""
+    content = dict(format=f"nanomem {kind}", version=VERSION, **content)
+    write_whole(path, lambda scratch: torch.save(dict(content, checksum=checksum(content)), scratch))
 
 
 def load(path, kind):
@@ -120,8 +126,8 @@ def lock(folder):
         try:
             import fcntl                                   # not on Windows
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+        except (ImportError, OSError):                     # nor on some network drives
+            pass
         yield

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nanomem import cli, grade
+from nanomem import checkpoint, cli, grade
 from nanomem.cli import UserError
 
 
@@ -275,8 +275,7 @@ def main(argv):
         text, out = hand_out(words[0], flags.exercise), Path(flags.out or f"homework/{words[0]}.py")
         if out.exists():
             raise UserError(f"{out} is there already, perhaps with a solution in it: choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        checkpoint.write_whole(out, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         print(f"written: {out}, {len(missing(text))} bodies to fill in")
     else:
         raise UserError("name a model, or check and one file: python -m nanomem.exercise check homework/hmt.py")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import checkpoint
 from .cli import UserError
 
 
@@ -50,23 +51,22 @@ def file_of(out, job):
     return Path(out) / "results" / f"{job}.json"
 
 
-def read_result(out, job, settings):
-    """The content of the job's file; None if there is none, or one of other settings."""
+def read_result(out, job, settings, books=None):
+    """The content of the job's file; None if there is none, or one of other settings or of other books, as far as it
+    says which."""
     try:
         found = json.loads(file_of(out, job).read_text())
-        return found if found["model"] == job.model and found["settings"] == settings else None
+        same = found["model"] == job.model and found["settings"] == settings
+        return found if same and (books is None or found.get("books", books) == books) else None
     except (OSError, ValueError, KeyError):
         return None
 
 
 def write_result(out, job, **content):
     """Write the job's file, whole or not at all."""
-    path = file_of(out, job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**job._asdict(), **content}.items()]
-    unfinished.write_text("{" + ",\n ".join(lines) + "}\n")
-    os.replace(unfinished, path)
+    text = "{" + ",\n ".join(lines) + "}\n"
+    checkpoint.write_whole(file_of(out, job), lambda scratch: scratch.write_text(text))
 
 
 def begin_process():

@@ -9,7 +9,6 @@ import base64
 import codecs
 import html
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -174,12 +173,5 @@ def write(path, model, name, enc, text, source):
     page, _, rest = (HERE / "look.html").read_text(encoding="utf-8").partition("{{data}}")
     page = page.replace("{{title}}", html.escape(f"{name} reads {source}"))
     page += json.dumps(found, separators=(",", ":")).replace("<", "\\u003c") + rest    # no tag of the text is one
-    path = target(path)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(page, encoding="utf-8", errors="replace")    # a file's name may be no text
-        os.replace(scratch, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
-    return found
+    checkpoint.write_whole(target(path), lambda scratch: scratch.write_text(page, encoding="utf-8", errors="replace"))
+    return found                                           # replace: a file's name may be no text

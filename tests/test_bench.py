@@ -168,8 +168,40 @@ def test_a_file_that_is_damaged_or_of_other_settings_is_measured_again(tmp_path,
     path.write_text(path.read_text()[:100])
     bench.main([*argv, "--upto=64"])
     assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
-    bench.main([*argv, "--width=32"])
+
+
+def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings, capsys):
+    """A night of training, and then --width=32 for a try: train.py would not overwrite it either."""
+    argv = [*SMALL, "--models=gpt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main(argv)
+    last, before = tmp_path / "books-gpt-1" / "last.pt", contents(tmp_path)
+    whole = last.read_bytes()
+    with pytest.raises(UserError, match="books-gpt-1 holds a training with --width=16, not 32: --overwrite it, or"):
+        bench.main([*argv, "--width=32"])
+    assert last.read_bytes() == whole and contents(tmp_path) == before and len(trainings) == 1
+    bench.main([*argv, "--width=32", "--overwrite"])
     assert len(trainings) == 2 and nanomem.load(tmp_path / "books-gpt-1")[1]["config"]["width"] == 32
+    bench.main([*argv, "--width=32"])
+    assert "1 of 1 results were there already: --overwrite measures them again" in capsys.readouterr().out
+    bench.main([*argv, "--width=32", "--overwrite"])                   # of a model that has changed
+    assert len(trainings) == 3 and bench.options([])[0].out != bench.options(["--suite=night"])[0].out
+
+
+def test_results_of_other_books_are_not_taken(tmp_path, trainings):
+    """The shards were made again, in the same folder."""
+    folder, argv = tmp_path / "shards", [*SMALL, "--models=gpt", "--tasks=books", f"--out={tmp_path / 'out'}"]
+    argv.append(f"--data={folder}")
+    def make(text):
+        bench.hash_of_books.cache_clear()
+        splits = {split: [(split, text * 200)] for split in ("train", "validation")}
+        data.write_shards(folder, data.tokenizer("bytes"), splits)
+    make("One book. ")
+    bench.main(argv)
+    make("Other books. ")
+    with pytest.raises(UserError, match="books-gpt-1 holds a training with other books: --overwrite it, or choose"):
+        bench.main(argv)
+    bench.main([*argv, "--overwrite"])
+    assert len(trainings) == 2
 
 
 def test_one_training_serves_a_model_and_what_is_changed_for_its_test(tmp_path, monkeypatch, trainings):
@@ -235,6 +267,19 @@ def test_the_best_learning_rate_of_a_search_is_taken(tmp_path, shards, trainings
     assert slow["steps"] == 2 and slow["lr"] == pytest.approx(4e-6) and slow["muon"] == pytest.approx(4e-5)
 
 
+def test_a_rate_at_which_training_diverges_costs_nothing_else(tmp_path, shards, monkeypatch):
+    real = train.main
+
+    def main(argv):
+        if "--lr=0.4" in argv:
+            raise train.Diverged("the loss is nan at step 1")
+        return real(argv)
+    monkeypatch.setattr(train, "main", main)
+    bench.main([*SMALL, "--models=gpt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}", "--search=1,100"])
+    tried = measured(tmp_path, "books-gpt-1")["search"]
+    assert tried["100"] == float("inf") > tried["1"] > 0 and " inf |" in (tmp_path / "report.md").read_text()
+
+
 def test_equal_models_have_as_many_parameters_as_gpt(name):
     b = bench.Bench(layers=4, heads=4, width=128, seg=64)
     with torch.device("meta"):
@@ -247,6 +292,7 @@ def test_names_with_spaces_and_none_mean_all():
     assert bench.models_of(bench.Bench(), "books") == list(nanomem.MODELS)
     assert bench.models_of(bench.Bench(models="gpt, rmt:mem=2"), "books") == ["gpt", "rmt:mem=2"]
     assert bench.models_of(bench.Bench(models="all, rmt:mem=2"), "books") == [*nanomem.MODELS, "rmt:mem=2"]
+    assert bench.models_of(bench.Bench(models="gpt,all,gpt"), "books") == [*nanomem.MODELS]     # none is measured twice
 
 
 def test_all_models_join_a_task_in_segments_that_its_texts_are_longer_than():
@@ -325,9 +371,10 @@ def test_every_task_asks_in_training_and_in_its_tests(task, t):
     (["--models=gpt,xk"], "--models=xk is none of them: did you mean xl"),
     (["--tasks=book"], "--tasks=book is none of them: did you mean books"),
     (["--tasks=books,rates"], "--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2"),
+    (["--search=1,x"], "--search=1,x is no list of numbers"), (["--search=0,1"], "--search=0,1 is no list of number"),
     (["--tasks=rates", "--search=1", "--models=rmt:lr=1e-3"], "nothing to do: --tasks=rates is for models without a"),
     (["--seeds=0"], "--seeds=0 is too little: at least 1"), (["--jobs=-1"], "--jobs=-1 is too little: at least 0"),
-    (["--read=10"], "--read=10 is too little: at least 2048"), (["--step=3"], "unknown flag --step: did you mean steps"),
+    (["--read=10"], "--read=10 is too little: at least 2048"), (["--step=3"], "unknown flag --step: did you mean step"),
     (["gpt"], "takes only flags"), (["--models=gca/topp=2"], "unknown flag --topp: did you mean topk"),
     (["--models=gca/steps=2"], "unknown flag --steps"), (["--models=rmt:slots=1"], "unknown flag --slots"),
     (["--models=rmt:mem"], "settings follow a name as :field=value, got :mem"),
