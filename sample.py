@@ -1,7 +1,7 @@
 """Continue a text with a trained model, its memory carried along: a token costs the same after a line and after a book.
 
     python sample.py out/rmt --prompt="Call me Ishmael."
-    python sample.py out/rmt --file=book.txt --save-memory=book.pt      read a book once, keep what is remembered
+    python sample.py out/rmt --file=book.txt --tokens=0 --save-memory=book.pt    read a book once, keep the memory
     python sample.py out/rmt --load-memory=book.pt --prompt=" And then"  go on from there, as often as you like
     cat book.txt | python sample.py out/rmt --prompt="And then"          what is piped comes before the prompt
     python sample.py out/rmt --file=book.txt --look=look.html            a page that shows where memory is worth what

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import traceback
+import typing
 from pathlib import Path
 
 
@@ -20,14 +21,21 @@ def nearest(word, words):
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}"
 
 
+def types(cls):
+    """{field of a dataclass: its type}, also where the file says `from __future__ import annotations`."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
 def check_types(settings, what=""):
     """Raises UserError where a field of a dataclass has a value of another type; None is allowed where it is the
     default."""
+    kinds = types(type(settings))
     for f in dataclasses.fields(settings):
-        v = getattr(settings, f.name)
-        right = isinstance(v, (int, float) if f.type is float else f.type) or v is None and f.default is None
+        v, kind = getattr(settings, f.name), kinds[f.name]
+        right = isinstance(v, (int, float) if kind is float else kind) or v is None and f.default is None
         if not right or isinstance(v, float) and abs(v) > 2 ** 53 or v != v:
-            raise UserError(f"{what}{f.name} takes a value of type {f.type.__name__}, got {str(v)[:40]!r}")
+            raise UserError(f"{what}{f.name} takes a value of type {kind.__name__}, got {str(v)[:40]!r}")
 
 
 def value(flag, text, kind):
@@ -52,7 +60,7 @@ def parse(argv, *classes):
     and the list of words that are no flags. Raises UserError for an unknown flag and for a missing or bad value. With
     -h or --help, prints the help and exits.
     """
-    kinds = {f.name: f.type for c in classes for f in dataclasses.fields(c)}
+    kinds = {name: kind for c in classes for name, kind in types(c).items()}
     if "-h" in argv or "--help" in argv:
         usage(*classes)
         sys.exit(0)

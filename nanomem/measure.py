@@ -24,16 +24,21 @@ def parameters(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # Books
 
-def token_losses(model, books, batch, segments, interleave=1, interleave_len=1, like=(), change=lambda state: state):
+def token_losses(model, books, batch, segments, interleave=1, interleave_len=1, like=(), change=lambda state: state,
+                 beside=False):
     """The loss of each token in nats, an array for each book, nan where nothing is scored: where this model or one of
     the models `like` has seen the target. `batch` books are read side by side, as in training, and the other arguments
-    are those of train.py. `change` maps the state before each segment to the one that the segment sees."""
+    are those of train.py. `change` maps the state before each segment to the one that the segment sees. With `beside`,
+    nothing is scored either where batch element b - 1 has no book any more."""
     S = model.c.seg
     loader = Loader(books, batch, segments * S, once=True, interleave=interleave, interleave_len=interleave_len * S)
     losses = [np.full(len(tokens) - 1, np.nan) for tokens in books.tokens]
     for part, nll, _ in stream.evaluate(model, loader, like=like, change=change):
         book = part.book.view(len(part.x), -1).expand_as(part.x)               # (B, T)
-        book, position, nll, scored = (t.cpu().numpy() for t in (book, part.position, nll, part.y >= 0))
+        scored = part.y >= 0
+        if beside:
+            scored = scored & (part.book >= 0).roll(1, 0).view(len(part.x), -1)
+        book, position, nll, scored = (t.cpu().numpy() for t in (book, part.position, nll, scored))
         for i in np.unique(book[scored]):
             here = scored & (book == i)
             losses[i][position[here]] = nll[here]
@@ -87,7 +92,7 @@ def loss_of_words(losses, words, edges):
         if n:
             found.append(dict(start=start, end=min(end, longest), words=n, loss=mean,
                               by_book=[[float(x.sum()), len(x)] for x in part["loss"]],
-                              **{name: mean_of(each) - mean for name, each in part.items() if name != "loss"}))
+                              **{name: increase(each, part["loss"]) for name, each in part.items() if name != "loss"}))
     return found
 
 
@@ -105,16 +110,16 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, training=
     empty             how much the loss increases when each segment begins with an empty memory
     another           how much it increases with another book's memory: before each segment, batch element b gets the
                       state of element b - 1, so that what the last B - 1 segments wrote is not of its book. Only
-                      where there are several books
+                      where there are several books, and while element b - 1 has one
     words             the same for rare words, in nats a word, by the tokens since the word was last seen, start to end
     """
     books = replace(books, tokens=[tokens[:upto + 1 if upto else None] for tokens in books.tokens])
     B = max(1, min(batch, len(books) // interleave))
-    losses = lambda change: token_losses(model, books, B, interleave=interleave, change=change, **reading)
-    loss = losses(lambda state: state)
-    controls = dict(empty=losses(lambda state: model.init_state(B)))
+    losses = lambda **how: token_losses(model, books, B, interleave=interleave, **how, **reading)
+    loss = losses()
+    controls = dict(empty=losses(change=lambda state: model.init_state(B)))
     if B > 1:
-        controls["another"] = losses(lambda state: {k: v.roll(1, 0) for k, v in state.items()})
+        controls["another"] = losses(change=lambda state: {k: v.roll(1, 0) for k, v in state.items()}, beside=True)
     longest, S = max(map(len, loss)), model.c.seg
     words = rare_words(books, count_words(training)) if training else []
 
@@ -126,9 +131,9 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, training=
         n, mean = sum(map(len, cut(loss))), mean_of(cut(loss))
         return dict(start=start, end=min(end, longest), tokens=n, loss=mean,
                     bits_per_byte=mean * n / math.log(2) / sum(map(len, text)),
-                    word_perplexity=math.exp(mean * n / sum(len(t.split()) for t in text)),
+                    word_perplexity=math.exp(min(700, mean * n / max(1, sum(len(t.split()) for t in text)))),
                     by_book=[[float(np.nansum(x)), int(np.isfinite(x).sum())] for x in cut(loss)],
-                    **{name: mean_of(cut(x)) - mean for name, x in controls.items()})
+                    **{name: increase(cut(x), cut(loss)) for name, x in controls.items()})
 
     steps = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
     in_segment = [dict(start=start, end=end, loss=mean_of([x[i::S] for x in loss for i in range(start, end)]))
@@ -146,13 +151,18 @@ def mean_of(losses):
     return float(np.nanmean(losses)) if np.isfinite(losses).any() else None
 
 
+def increase(losses, before):
+    """How much higher these losses are, mean over the tokens that are scored in both; None if there are none."""
+    return mean_of([x - y for x, y in zip(losses, before)])
+
+
 @torch.no_grad()
 def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
     """How much easier a passage is when it was read before (as M+ 2502.00592, section 4.4, but with plain books).
 
-    There are n passages, each a segment. The model reads a passage, then `after` segments of another book, then the
-    passage again. gain: how much lower the loss of its second half is, in nats a token, than if it had not been read
-    before. interval: half of the 95% interval over passages.
+    There are n passages, each a segment. The model reads a passage, then `after` segments of another book (of another
+    place, where there is only one), then the passage again. gain: how much lower the loss of its second half is, in
+    nats a token, than if it had not been read before. interval: half of the 95% interval over passages.
     """
     S, rng, device = model.c.seg, np.random.default_rng(0), stream.device_of(model)
     long = [tokens for tokens in books.tokens if len(tokens) > (max(after) + 2) * S]
@@ -165,7 +175,7 @@ def passage(model, books, n=256, after=(0, 1, 2, 4, 8, 16, 32, 64), batch=64):
         start = rng.integers(len(tokens) - length)
         return torch.from_numpy(tokens[start:start + length].astype(np.int64)).to(device)
     passages = torch.stack([cut(i, S + 1) for i in range(n)])                          # (n, S+1)
-    others = torch.stack([cut(i + 1, (max(after) + 1) * S) for i in range(n)])         # (n, segments S), another book
+    others = torch.stack([cut(i + 1, (max(after) + 1) * S) for i in range(n)])         # (n, segments S), the next book
     gains = []
     for text, other in zip(passages.split(batch), others.split(batch)):
         losses = []

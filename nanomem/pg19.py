@@ -110,6 +110,13 @@ def receive(url, part):
 # ----------------------------------------------------------------------------------------------------------------------
 # All books
 
+def shuffled(ids):
+    """The books in an order by chance that is always the same: a sample of 500 is part of the sample of 1,000."""
+    ids = sorted(ids, key=lambda i: (len(i), i))
+    random.Random(0).shuffle(ids)
+    return ids
+
+
 def download(folder, url=BUCKET, books=0):
     """Download validation, test, and all training books or a sample of `books`. Returns {split: paths}."""
     fetch(f"{url}/metadata.csv", folder / "metadata.csv")
@@ -118,8 +125,7 @@ def download(folder, url=BUCKET, books=0):
     if not all(i.isdigit() for i in ids):
         raise UserError(f"{folder / 'metadata.csv'} is not PG-19's list of books: delete it and try again")
     held_out = {split: [i for i in HELD_OUT[split] if i in ids] for split in HELD_OUT}
-    train = sorted(ids.difference(*held_out.values()), key=int)
-    random.Random(0).shuffle(train)      # always in the same order: a sample of 500 is part of the sample of 1,000
+    train = shuffled(ids.difference(*held_out.values()))
     splits = dict(train=train[:books or None], **held_out)
     paths = {split: [folder / split / f"{i}.txt" for i in names] for split, names in splits.items()}
     files = [path for split in paths.values() for path in split]
@@ -148,7 +154,9 @@ def find(folder, books=0):
     paths = {split: sorted((Path(folder) / split).glob("*.txt")) for split in ("train", "validation", "test")}
     if not paths["train"] or not paths["validation"]:
         raise UserError(f"{folder} is not in PG-19's layout: it needs train/*.txt and validation/*.txt")
-    paths["train"] = paths["train"][:books or None]
+    if books:
+        train = {path.stem: path for path in paths["train"]}
+        paths["train"] = [train[name] for name in shuffled(train)[:books]]
     return paths
 
 

@@ -107,13 +107,10 @@ def open_shards(folder, split):
         raise UserError(f"{folder} has no split {split}: {nearest(split, list(splits))}")
     if ranks != vocabulary_hash(enc):
         raise UserError(f"{folder} was made with another {enc.name} vocabulary than the one here: {AGAIN}")
-    books = Books(enc, splits[split]["names"], [], [], [])
+    books = Books(enc, splits[split]["names"], [])
     for name in splits[split]["files"]:
         tokens, index = open_shard(folder / f"{name}.bin", folder / f"{name}.idx.npy", enc)
-        for start, n, words, size in index.tolist():
-            books.tokens.append(tokens[start:start + n])
-            books.words.append(words)
-            books.sizes.append(size)
+        books.tokens += [tokens[start:start + n] for start, n, *_ in index.tolist()]
     if len(books) != len(books.names):
         raise UserError(f"{folder}: meta.json names {len(books.names)} books of {split}, the shards hold {len(books)}: "
                         + AGAIN)
@@ -121,9 +118,9 @@ def open_shards(folder, split):
 
 
 def open_llm_c(folder, split):
-    """The Books of shards of llm.c, which have no index: a document begins at each end-of-text token of GPT-2. Their
-    words and bytes are not counted (0)."""
-    enc, books = tokenizer("gpt2"), Books(tokenizer("gpt2"), [], [], [], [])
+    """The Books of shards of llm.c, which have no index: a document begins at each end-of-text token of GPT-2."""
+    enc = tokenizer("gpt2")
+    books = Books(enc, [], [])
     for path in sorted(folder.glob(f"*{dict(validation='val').get(split, split)}*.bin")):
         header = np.fromfile(path, "<i4", 256)
         if len(header) < 256 or header[0] != MAGIC or path.stat().st_size != 1024 + 2 * header[2]:
@@ -134,7 +131,6 @@ def open_llm_c(folder, split):
         books.names += [f"{path.stem}:{i}" for i in range(len(books.tokens) - len(books.names))]
     if not books.tokens:
         raise UserError(f"{folder} has no meta.json and no shards of llm.c for {split} (*.bin)")
-    books.words, books.sizes = [0] * len(books), [0] * len(books)
     return books
 
 

@@ -16,7 +16,6 @@ from .data import Batch
 
 # Token numbers: 0 to 15 are noise, 16 to 47 are values, and from 48 on there are up to 64 keys.
 NOISE, VALUES, KEYS = 16, 32, 64
-SYMBOLS = NOISE + VALUES + KEYS
 
 
 def draw(rng, B, n, k):

@@ -50,8 +50,6 @@ class Books:
     enc: tiktoken.Encoding
     names: list
     tokens: list    # uint16 arrays: end-of-text, so that the first token has a prediction too, then the text
-    words: list     # words of the text, between white space
-    sizes: list     # its bytes in UTF-8
 
     def __len__(self):
         return len(self.tokens)
@@ -86,8 +84,7 @@ def encode(enc, text):
 def from_texts(enc, texts):
     """Books held in memory, from a list of (name, text)."""
     names, texts = zip(*texts)
-    return Books(enc, list(names), [encode(enc, t) for t in texts], [len(t.split()) for t in texts],
-                 [len(t.encode()) for t in texts])
+    return Books(enc, list(names), [encode(enc, text) for text in texts])
 
 
 def hold_out(texts):
@@ -99,6 +96,6 @@ def hold_out(texts):
     if len(text) < 100:
         raise UserError(f"{name} is too short to train on: {len(text)} characters")
     cut = len(text) * 9 // 10
-    if "\n\n" in text[:cut]:
-        cut = text.rindex("\n\n", 0, cut) + 1      # at the end of a paragraph
+    paragraph = text.rfind("\n\n", len(text) * 8 // 10, cut)
+    cut = paragraph + 1 if paragraph > 0 else cut  # at the end of a paragraph, if one is near
     return dict(train=[(name, text[:cut])], validation=[(name + ", the end", text[cut:])])

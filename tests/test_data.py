@@ -54,9 +54,10 @@ def test_an_unknown_tokenizer_is_refused():
 def test_shards_hold_every_book_whole(shards):
     enc, books = data.tokenizer("bytes"), data.open_shards(shards, "train")
     assert books.names == [n for n, _ in TEXTS] and len(list(shards.glob("train_*.bin"))) == 2
+    index = np.concatenate([np.load(path) for path in sorted(shards.glob("train_*.idx.npy"))])
     for i, (_, text) in enumerate(TEXTS):
         assert books.tokens[i][0] == enc.eot_token and enc.decode(books.tokens[i][1:].tolist()) == text
-        assert books.words[i] == len(text.split()) and books.sizes[i] == len(text.encode())
+        assert index[i, 2:].tolist() == [len(text.split()), len(text.encode())]
     header = np.fromfile(shards / "train_00000.bin", "<i4", 256)
     assert header[:3].tolist() == [20240520, 1, sum(len(t) for t in books.tokens[:2])]
 
@@ -133,6 +134,8 @@ def test_a_single_book_holds_out_its_own_end():
     split = data.hold_out([("book", text)])
     (_, begin), (_, end) = split["train"][0], split["validation"][0]
     assert begin + end == text and 0.85 < len(begin) / len(text) < 0.91 and begin.endswith("\n")
+    poem = data.hold_out([("poem", "Its title\n\n" + "A line.\n" * 100)])
+    assert len(poem["train"][0][1]) > 700                                      # it is not cut after the title
     with pytest.raises(UserError, match="too short to train on: 6 characters"):
         data.hold_out([("book", "Whale!")])
 
@@ -142,9 +145,8 @@ def test_a_single_book_holds_out_its_own_end():
 def books(*lengths):
     """Books of 1 + n tokens in which token i of book b is 1000 b + i."""
     tokens = [1000 * b + np.arange(n + 1).astype("<u2") for b, n in enumerate(lengths)]
-    ones = [1] * len(lengths)
     enc = SimpleNamespace(name="any", n_vocab=2 ** 16, eot_token=256)
-    return Books(enc, [str(b) for b in range(len(lengths))], tokens, ones, ones)
+    return Books(enc, [str(b) for b in range(len(lengths))], tokens)
 
 
 def read(loader, n):

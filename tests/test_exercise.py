@@ -236,6 +236,15 @@ def test_a_file_with_no_model_or_several_is_refused_in_one_sentence(source, why,
         nanomem.build(write(tmp_path, source, "mine.py"))
 
 
+def test_a_file_may_have_annotations_that_are_not_evaluated(tmp_path):
+    line = "from dataclasses import dataclass\n"
+    path = str(rmt(tmp_path, line, "from __future__ import annotations\n\n" + line))
+    (fields,), _ = cli.parse(["--mem=3"], nanomem.model_class(path).Config)
+    assert fields == dict(mem=3) and nanomem.build(path, **fields).c.M == 3
+    with pytest.raises(UserError, match="mem takes a value of type int, got '4.5'"):
+        nanomem.build(path, mem=4.5)
+
+
 def test_of_classes_that_extend_each_other_the_last_one_is_the_model(tmp_path):
     source = "from nanomem.models.rmt import RMT\nclass A(RMT): pass\nclass B(A): pass\nAgain = B"
     path = write(tmp_path, source, "mine.py")

@@ -130,6 +130,15 @@ def test_the_size_is_that_of_gpt_and_a_gate_for_each_head():
     assert size("infini") - size("gpt") == 4 * 4
 
 
+def test_without_memory_a_segment_can_be_cut_too():
+    model, tokens = tiny("infini", update="none"), torch.randint(V, (2, S))
+    cache = model.read(model.init_state(2))
+    first, cache = model.extend(tokens[:, :5], cache)
+    second, cache = model.extend(tokens[:, 5:], cache)
+    assert torch.allclose(torch.cat([first, second], 1), model(tokens, {})[0], atol=1e-5)
+    assert model.write(cache, {}) == {}
+
+
 def test_an_update_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="update is delta, linear or none, got hebb"):
         nanomem.build("infini", update="hebb")

@@ -45,11 +45,12 @@ def test_every_token_is_scored_once_and_the_units_agree(books):
             x, y = ids[:, i:i + S], ids[:, i + 1:i + 1 + S]
             logits, state = model(F.pad(x, (0, S - x.size(1))), state)
             nats += F.cross_entropy(logits[0, :y.size(1)], y[0], reduction="sum").item()
-    n = sum(books.sizes)
+    texts = [books.enc.decode_bytes(tokens[1:].tolist()) for tokens in books.tokens]
+    n = sum(map(len, texts))
     assert few["all"]["tokens"] == 100 * len(books) and len(books.tokens[0]) > 101
     assert found["all"]["tokens"] == n and abs(found["all"]["loss"] - nats / n) < 1e-4
     assert abs(found["all"]["bits_per_byte"] - nats / n / np.log(2)) < 1e-4     # one byte a token
-    assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(books.words)) - 1) < 1e-3
+    assert abs(found["all"]["word_perplexity"] / np.exp(nats / sum(len(text.split()) for text in texts)) - 1) < 1e-3
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert sum(part["tokens"] for part in found["by_position"]) == n
     assert sum(tokens for _, tokens in found["all"]["by_book"]) == n
@@ -83,6 +84,21 @@ def test_another_books_memory_is_that_of_the_element_before(books):
 def test_a_single_book_has_no_other_memory(books):
     books.names, books.tokens = books.names[:1], books.tokens[:1]
     assert "another" not in by_position(tiny("rmt", vocab=320), books)["all"]
+
+
+def test_a_book_that_has_ended_is_no_other_book(books):
+    books.tokens = [books.tokens[0][:41], books.tokens[1][:301]]
+    short, long = measure.token_losses(tiny("rmt", vocab=320, seg=16), books, 2, segments=2, beside=True)
+    assert np.isfinite(short).all() and np.isfinite(long[:64]).all() and np.isnan(long[64:]).all()
+    found = measure.loss_by_position(tiny("rmt", vocab=320, seg=16), books, (0, 64, 300), 2, segments=2)
+    near, far = found["by_position"]
+    assert near["another"] > 0 and far["another"] is None and far["loss"] > 0
+
+
+def test_text_without_a_space_has_a_loss_too(books):
+    books.tokens = [np.array([256, *b"x" * 400], "<u2")] * 2
+    found = measure.loss_by_position(tiny("gpt", vocab=320, seg=16), books, (0, 400), 2, segments=2)["all"]
+    assert found["tokens"] == 800 and found["word_perplexity"] > 1e300
 
 
 def test_no_model_is_scored_where_one_has_seen_the_target(books):

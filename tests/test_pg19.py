@@ -1,6 +1,7 @@
 """PG-19 from a server with the layout of the official bucket, and from a folder."""
 import base64
 import hashlib
+import json
 import subprocess
 import sys
 import threading
@@ -116,7 +117,19 @@ def test_the_command_reads_a_folder_in_the_layout_of_pg19(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "1.txt").write_text("A book.\n" * 9)
     assert command(f"--folder={tmp_path}", f"--out={tmp_path}/shards").returncode == 0
-    assert data.open_shards(tmp_path / "shards", "validation").words == [18]
+    meta = json.loads((tmp_path / "shards" / "meta.json").read_text())
+    assert meta["splits"]["validation"]["words"] == 18
+
+
+def test_a_sample_of_a_folder_is_that_of_the_download_and_a_larger_one_holds_it(tmp_path):
+    names = [str(i) for i in range(8, 40)]
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for name in names:
+            (tmp_path / split / f"{name}.txt").write_text("A book.\n")
+    sample = lambda n: [path.stem for path in pg19.find(tmp_path, n)["train"]]
+    assert sample(9) == pg19.shuffled(names)[:9] == sample(20)[:9] != names[:9]
+    assert sorted(sample(0)) == sorted(names) and len(pg19.find(tmp_path, 2)["validation"]) == len(names)
 
 
 @pytest.mark.parametrize("argv, why", [

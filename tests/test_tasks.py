@@ -57,7 +57,7 @@ def test_every_question_of_mqar_has_its_pair_at_the_beginning():
         rest = np.delete(x, [*range(14), *asked])
         assert (rest == 0).all() and (np.delete(d, asked) == 0).all()
     noisy = tasks.mqar(np.random.default_rng(0), 50, 65, pairs=7, noise=True)[0]
-    assert not set(noisy[:, 14:].ravel()) <= set(x) and noisy.max() < tasks.SYMBOLS
+    assert not set(noisy[:, 14:].ravel()) <= set(x) and noisy.max() < tasks.NOISE + tasks.VALUES + tasks.KEYS
 
 
 def test_questions_of_mqar_come_soon_as_if_drawn_one_by_one():
@@ -136,6 +136,14 @@ def test_a_saved_position_goes_on_with_the_same_batches(name):
     again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
     for a, b in zip(read(loader, 9), read(again, 9)):
         assert all(s.equal(t) for s, t in zip(a, b))
+
+
+def test_training_and_held_out_texts_of_a_task_are_different_ones():
+    import train
+    for seed in (0, 1, 2):
+        loader, held_out, *_ = train.loaders(train.Run(data="recall", batch=2, segments=2, seed=seed), {}, 32)
+        texts = [[tuple(batch.next().x.flatten().tolist()) for _ in range(9)] for batch in (loader, held_out())]
+        assert not {*texts[0]} & {*texts[1]}
 
 
 def test_settings_may_follow_the_name():

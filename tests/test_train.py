@@ -222,7 +222,8 @@ def test_a_checkpoint_is_never_lost(tmp_path):
     kept = (tmp_path / "last.pt").read_bytes()
     for argv, why in [([], "holds a run already"), (["--resume", "--mem=3"], "made with --mem=-1, not 3"),
                       (["--resume"], "has done all of its 2 steps"),
-                      (["--resume", "--batch=8"], "made with --batch=4, not 8"),
+                      (["--resume=True", "--batch=8"], "made with --batch=4, not 8"),
+                      (["--resume", "--decay=0.2"], "made with --decay=0.1, not 0.2"),
                       (["--resume", "--data=needle"], "made with --data=recall, not needle")]:
         with pytest.raises(UserError, match=why):
             go(tmp_path, "--steps=2", *argv)

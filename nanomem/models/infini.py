@@ -47,8 +47,8 @@ class InfiniAttention(gpt.Attention):
 
     def forward(self, x, angles, past=None, mask=None):
         """`past`: rotated keys, values and keys without position of this segment, (B, H, P, D) each, then M and z."""
-        if past is None:                                                       # no memory
-            return super().forward(x, angles)
+        if self.c.update == "none":                                            # no memory
+            return super().forward(x, angles, past, mask)
         *segment, M, z = past
         still = rope(torch.zeros(1, device=x.device), self.c.head_dim)         # every token at position 0: not rotated
         q, (k, v) = self.queries(x, still), self.keys_values(x, still)         # eq. 5
