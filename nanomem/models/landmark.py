@@ -114,8 +114,8 @@ class Landmark(GPT):
     departs  training uses the bank too, and gradient goes through it into earlier segments (paper: single windows, in
              which all blocks compete, as with topk=bank here). A landmark has the position of the token before it, so
              that tokens stand as in gpt. The last k + 1 blocks keep their distance; older ones share one place (paper:
-             those that are retrieved stand in order). Of equal scores the newest counts: in layer 0 all landmarks have
-             the same key
+             those that are retrieved stand in order). Of scores that are nearly equal the newest counts: in layer 0 all
+             landmarks have the same key
     """
     Config, Attention = Config, Attention
 

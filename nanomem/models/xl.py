@@ -67,7 +67,7 @@ class XL(GPT):
     parallel = property(lambda self: math.inf if self.c.slide else 1)
 
     def for_length(self, T):
-        return dict(window=T) if self.c.window < -1 else {}
+        return dict(window=T) if self.c.window < -1 else {}                   # full, and not a window of one segment
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
