@@ -61,7 +61,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
     "hmt": [
         Exercise("bank", "a memory of memories that has a fixed shape", {
             "HMT.init_state": "the learned first memory stands in the newest place, and n is 0",
-            "HMT.next_state": "the newest memory comes in behind, the oldest leaves; n stops at N"}),
+            "HMT.next_state": "the newest memory comes in behind, the oldest leaves; n counts on"}),
         Exercise("search", "cross-attention as a search, and a softmax over what is filled", {
             "HMT.summary": "the prompt on both sides of the half segment; the last position has seen all",
             "HMT.weights": "query from a summary, keys from the bank, scaled by sqrt(C); empty places get -inf",

@@ -53,16 +53,18 @@ def holds(law, condition, what):
     assert condition, broken(law, what)
 
 
-def place(name, index):
-    """Words for the index of an element of the logits (B, K*S, V) or of a state tensor."""
+def place(name, index, begin):
+    """Words for the index of an element of the logits (B, T, V) of the tokens from `begin` on, or of a state tensor."""
     b, *rest = index
     if name == "logits" and len(rest) == 2:
-        return f"batch element {b}, segment {rest[0] // S}, position {rest[0] % S}, vocabulary entry {rest[1]}"
+        segment, position = divmod(begin + rest[0], S)
+        return f"batch element {b}, segment {segment}, position {position}, vocabulary entry {rest[1]}"
     return f"batch element {b}, index {tuple(rest)}" if rest else f"batch element {b}"
 
 
-def agree(law, got, expected, tolerance=1e-4, name="logits", when=""):
-    """Two tensors or states agree within tolerance, relative to their size; 0 means to the bit."""
+def agree(law, got, expected, tolerance=1e-4, name="logits", when="", begin=0):
+    """Two tensors or states agree within tolerance, relative to their size; 0 means to the bit. Logits are those of the
+    tokens from `begin` on."""
     if isinstance(expected, dict):
         holds(law, got.keys() == expected.keys(), f"the state has keys {sorted(got)}, not {sorted(expected)}{when}")
         for k in expected:
@@ -80,25 +82,32 @@ def agree(law, got, expected, tolerance=1e-4, name="logits", when=""):
         nan = ", ".join(f"{n} in {w}" for w, x in (("this one", got), ("the expected one", expected))
                         if (n := int(x.isnan().sum()))) or "none"
         raise AssertionError(broken(law, (
-            f"{name} differs{when}.\n  First at {place(name, first)}: {got[tuple(first)].item():.6g}, expected "
+            f"{name} differs{when}.\n  First at {place(name, first, begin)}: {got[tuple(first)].item():.6g}, expected "
             f"{expected[tuple(first)].item():.6g}.\n  {int(wrong.sum())} of {wrong.numel()} numbers differ, by at most "
             f"{worst:.3g}. NaN: {nan}.")))
+
+
+def stands_alone(state, when):
+    for k, v in state.items():
+        holds(1, v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes,
+              f"{when} state['{k}'] keeps {v.untyped_storage().nbytes()} bytes and holds {v.nbytes}")
 
 
 # law 1
 
 @torch.no_grad()
-def test_the_state_is_a_flat_dict_of_fixed_shape(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_the_state_is_a_flat_dict_of_fixed_shape(model, dtype):
     state = first = model.init_state(3)
     for i, x in enumerate(text(B=3).split(S, 1)):
-        _, state = model(x, state)
+        with stream.precision(model, dtype):
+            _, state = model(x, state)
         holds(1, state.keys() == first.keys(), f"after segment {i} the keys are {sorted(state)}, not {sorted(first)}")
         for k, v in state.items():
             same = v.shape == first[k].shape and v.dtype == first[k].dtype and len(v) == 3
             holds(1, same, f"after segment {i} state['{k}'] is {tuple(v.shape)} {v.dtype}, "
                            f"in init_state it is {tuple(first[k].shape)} {first[k].dtype}")
-            holds(1, v.is_contiguous() and v.untyped_storage().nbytes() == v.nbytes,
-                  f"after segment {i} state['{k}'] keeps {v.untyped_storage().nbytes()} bytes and holds {v.nbytes}")
+        stands_alone(state, f"after segment {i}")
 
 
 # law 2
@@ -108,15 +117,17 @@ def test_the_state_is_a_flat_dict_of_fixed_shape(model):
 def test_any_cut_of_a_segment_gives_the_single_call(model, cut):
     state = model.init_state(2)
     for i, x in enumerate(text().split(S, 1)):
-        logits, after = model(x, state)
+        (logits, after), kept = model(x, state), {k: v.clone() for k, v in state.items()}
         cache, parts = model.read(state), []
         for part in x.split(cut, 1):
             y, cache = model.extend(part, cache)
             parts.append(y)
         when = f" in segment {i}, cut into calls of {cut if len(set(cut)) > 1 else cut[0]} tokens"
-        agree(2, torch.cat(parts, 1), logits, when=when)
-        state = model.write(cache, state)
+        agree(2, torch.cat(parts, 1), logits, when=when, begin=i * S)
+        before, state = state, model.write(cache, state)
         agree(2, state, after, when=when)
+        agree(4, before, kept, 0, when=f": read, extend or write changed it{when}")
+        stands_alone(state, f"after write{when}")
 
 
 @torch.no_grad()
@@ -126,7 +137,8 @@ def test_a_reader_predicts_what_the_loop_predicts(model):
     reader, t = stream.Reader(model, B=2), 0
     for n in (1, 3, S - 4, S + 7, 2, S - 9):
         t += n
-        agree(2, reader(tokens[:, t - n:t])[:, None], logits[:, t - 1:t], when=f" after {t} tokens of a Reader")
+        when = f" after {t} tokens of a Reader"
+        agree(2, reader(tokens[:, t - n:t])[:, None], logits[:, t - 1:t], when=when, begin=t - 1)
     assert reader.count == t == 3 * S
     agree(2, reader.state, state, when=" of a Reader after three segments")
 
@@ -167,9 +179,10 @@ def test_no_token_sees_the_future(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_state_is_the_only_channel(model, training):
+def test_the_state_is_the_only_channel(name, training):
     """After so many segments that every memory is full."""
-    model.train(training)
+    small = dict(hmt=dict(bank=4), hmt_split=dict(bank=4), memoryllm=dict(slots=32), mplus=dict(slots=32, store=32))
+    model = tiny(name, **small.get(name, {})).train(training)
     tokens = text(B=3, K=10)
     _, state = run(model, tokens)
     kept = {k: v.clone() for k, v in state.items()}
@@ -200,9 +213,11 @@ def test_a_fresh_element_starts_from_nothing_and_the_others_go_on(model):
     tokens = text(B=2)
     _, state = run(model, tokens)
     mixed = stream.reset(model, state, torch.tensor([True, False]))
-    new, on = model(tokens[:, :S], model.init_state(2))[0], model(tokens[:, :S], state)[0]
-    both = model(tokens[:, :S], mixed)[0]
-    agree(4, both, torch.stack([new[0], on[1]]), when=" after stream.reset of element 0")
+    new, on = model(tokens[:, :S], model.init_state(2)), model(tokens[:, :S], state)
+    both = model(tokens[:, :S], mixed)
+    when = " after stream.reset of element 0"
+    agree(4, both[0], torch.stack([new[0][0], on[0][1]]), when=when)
+    agree(4, both[1], {k: torch.stack([new[1][k][0], on[1][k][1]]) for k in state}, when=when)
 
 
 # law 5
@@ -244,7 +259,10 @@ def test_replay_gives_the_gradients_of_bptt(model):
     for n in grad:
         far = (grad[n] - grad2[n]).norm() / grad[n].norm()
         holds(6, far <= 1e-5, f"the gradient of {n} differs by {far:.3g} of its norm")
-    agree(6, grad_in2, grad_in, 1e-6, when=": the gradient of the state at the start")
+    holds(6, grad_in.keys() == grad_in2.keys(), f"gradient reaches {[*grad_in2]} of the state, not {[*grad_in]}")
+    for k in grad_in:
+        far, norm = (grad_in[k] - grad_in2[k]).norm(), grad_in[k].norm()
+        holds(6, far <= 1e-5 * norm, f"the gradient of the first state['{k}'] differs by {far:.3g}, it is {norm:.3g}")
 
 
 def test_a_loss_of_the_mechanism_itself_counts_in_both():
@@ -373,13 +391,23 @@ def test_a_broken_law_says_which_it_is_and_where(monkeypatch):
     shift = lambda self, tokens, state: (lambda y, s: (y.roll(-1, 1), s))(*rmt.forward(self, tokens, state))
     grow = lambda self, tokens, state: (lambda y, s: (y, dict(s, mem=torch.cat([s["mem"]] * 2, 1))))(
         *rmt.forward(self, tokens, state))
-    def broken_model(forward):
+    def broken_model(forward, **more):
         model = tiny("rmt")
-        model.__class__ = type("Broken", (rmt,), dict(forward=forward))
+        model.__class__ = type("Broken", (rmt,), dict(forward=forward, **more))
         return model
     message = fails(3, test_no_token_sees_the_future, broken_model(shift))
     assert "the token at segment 0, position 1 changes the logit at segment 0, position 0, 1 before it" in message
     message = fails(2, test_any_cut_of_a_segment_gives_the_single_call, broken_model(shift), [S])
     assert "logits differs in segment 0" in message and "batch element 0, segment 0, position 0" in message
-    message = fails(1, test_the_state_is_a_flat_dict_of_fixed_shape, broken_model(grow))
+
+    def later(self, tokens, state):                                            # a fault that only segment 1 has
+        logits, after = rmt.forward(self, tokens, state)
+        return logits + (state["ids"][:, :1, None] >= 0), after
+    message = fails(2, test_any_cut_of_a_segment_gives_the_single_call, broken_model(later), [S])
+    assert "logits differs in segment 1" in message and "batch element 0, segment 1, position 0" in message
+    view = lambda self, cache, state: (lambda s: dict(s, ids=torch.cat([s["ids"]] * 2, 1)[:, :4]))(
+        rmt.write(self, cache, state))
+    message = fails(1, test_any_cut_of_a_segment_gives_the_single_call, broken_model(rmt.forward, write=view), [S])
+    assert "state['ids'] keeps" in message
+    message = fails(1, test_the_state_is_a_flat_dict_of_fixed_shape, broken_model(grow), torch.float32)
     assert "state['mem'] is (3, 8, 32)" in message
