@@ -120,6 +120,32 @@ def test_what_is_retrieved_goes_into_the_mlp_only_unless_there_is_no_bypass(bypa
     assert close(run(model, text())[0], run(deaf, text())[0], 1e-6) == bypass
 
 
+@torch.no_grad()
+def test_the_upper_layers_are_a_loop_over_groups_each_of_which_retrieves_anew():
+    """Layer 0 does not see the bank; layers 1 and 2 are a group each, and the landmarks that ask are those that the
+    layer before put out. What is encoded, found and read has loops of its own."""
+    model, tokens = gca(layers=3, groups=2, topk=2, window=0), text(K=1)
+    state, T = memory(model, 20), N * (M + 1)
+    angles, at = rope(torch.arange(T), 16), torch.arange(T).view(N, M + 1)     # positions of a chunk, the landmark last
+    x = torch.zeros(2, T, TINY["width"])
+    x[:, at[:, :M].flatten()], x[:, at[:, M]] = model.embed(tokens), model.landmark
+    x, _ = model.blocks[0](x, angles)
+    key, kv = model.encode(x[:, at])
+    cache, asks = dict(model.read(state), new_key=key, new_bank=kv), []
+    for g, (block, cross) in enumerate(zip(model.blocks[1:], model.cross)):
+        asks.append(norm(x[:, at[:, M]]) * model.gain[g])
+        ask = torch.cat([state["ask"][:, g, None], asks[g][:, :-1]], 1)        # chunk t reads what chunk t - 1 asks
+        kv, w, _ = model.find(ask, 0, g, cache)
+        x = x + block.attention(norm(x), angles)[0]
+        with_chunks = x.clone()
+        for t in range(N):
+            with_chunks[:, at[t]] += cross(norm(x[:, None, at[t]]), kv[:, t, None], w[:, t, None])[:, 0]
+        x = x + block.mlp(norm(with_chunks))
+    logits, after = model(tokens, state)
+    assert close(logits, model.head(norm(x[:, at[:, :M].flatten()])), 1e-5)
+    assert close(after["ask"], torch.stack([ask[:, -1] for ask in asks], 1), 1e-5)
+
+
 # choosing
 
 @torch.no_grad()

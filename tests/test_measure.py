@@ -68,17 +68,21 @@ def test_an_empty_memory_or_another_books_changes_nothing_where_there_is_none(bo
     assert abs(found["xl"]["empty"]) > 1e-3 and abs(found["xl"]["another"]) > 1e-3
 
 
-def test_another_books_memory_is_that_of_the_element_before(books):
-    """Two elements change places: the loss is that of the loop in which their states are exchanged."""
+@pytest.mark.parametrize("segments", [1, 3])
+def test_what_memory_is_worth_is_the_loss_of_a_loop_with_other_states(books, segments):
+    """Before each segment, also within a BPTT window: of two elements those of each other, or those of no text."""
     model = tiny("rmt", vocab=320)
-    loss, nats = by_position(model, books, segments=1, upto=3 * S)["all"], 0.0
+    loss = by_position(model, books, segments=segments, upto=3 * S)["all"]
     tokens = torch.stack([torch.tensor(t[:3 * S + 1].astype(np.int64)) for t in books.tokens])        # (2, 3S+1)
-    state = model.init_state(2)
-    with torch.no_grad():
-        for i in range(0, 3 * S, S):
-            logits, state = model(tokens[:, i:i + S], {k: v.flip(0) for k, v in state.items()})
-            nats += F.cross_entropy(logits.flatten(0, 1), tokens[:, i + 1:i + 1 + S].flatten(), reduction="sum").item()
-    assert abs(loss["loss"] + loss["another"] - nats / (6 * S)) < 1e-5
+    for name, change in dict(another=lambda state: {k: v.flip(0) for k, v in state.items()},
+                             empty=lambda state: model.init_state(2)).items():
+        state, nats = model.init_state(2), 0.0
+        with torch.no_grad():
+            for i in range(0, 3 * S, S):
+                x, y = tokens[:, i:i + S], tokens[:, i + 1:i + 1 + S]
+                logits, state = model(x, change(state))
+                nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+        assert abs(loss["loss"] + loss[name] - nats / (6 * S)) < 1e-5
 
 
 def test_a_single_book_has_no_other_memory(books):
@@ -135,7 +139,26 @@ def test_a_passage_helps_as_long_as_it_can_be_seen(books):
     gains = {name: [x["gain"] for x in measure.passage(tiny(name, vocab=320, seg=16), books, 8, (0, 1, 2, 4))]
              for name in ("gpt", "window", "rmt")}
     assert gains["gpt"] == [0, 0, 0, 0] and gains["window"][0] != 0 and gains["window"][2:] == [0, 0]
-    assert all(gains["rmt"])
+
+
+@torch.no_grad()
+def test_a_passage_gains_what_its_second_half_costs_less_after_itself(books):
+    """A passage at a time, drawn as there: after itself and a segments of the next book, and after others alone."""
+    model, n, after, rng = tiny("rmt", vocab=320, seg=16), 3, (0, 2), np.random.default_rng(0)
+    def cut(i, length):
+        tokens = books.tokens[i % 2]
+        start = rng.integers(len(tokens) - length)
+        return torch.tensor(tokens[start:start + length].astype(np.int64))[None]
+    passages = [cut(i, 17) for i in range(n)]
+    others = [cut(i + 1, 3 * 16) for i in range(n)]
+    expected = np.zeros(2)
+    for text, other in zip(passages, others):
+        for sign, first in ((1, other[:, :16]), (-1, text[:, :16])):
+            for j, a in enumerate(after):
+                state = run(model, torch.cat([first, other[:, 16:16 + 16 * a]], 1))[1]
+                logits = model(text[:, :16], state)[0][0, 8:]
+                expected[j] += sign * F.cross_entropy(logits, text[0, 9:]).item() / n
+    assert np.allclose([x["gain"] for x in measure.passage(model, books, n, after)], expected, atol=1e-5)
 
 
 # tasks

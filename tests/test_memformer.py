@@ -1,5 +1,6 @@
 """Memformer: what its reader, its writer and its forgetting must do."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def writer(tau=0.25, M=5, T=8, seed=0):
 # the laws hold for its options too
 
 @pytest.mark.parametrize("law", [
-    test_laws.test_the_state_is_a_flat_dict_of_fixed_shape, test_laws.test_a_reader_predicts_what_the_loop_predicts,
+    partial(test_laws.test_the_state_is_a_flat_dict_of_fixed_shape, dtype=torch.bfloat16),
+    test_laws.test_a_reader_predicts_what_the_loop_predicts,
     test_laws.test_no_token_sees_the_future, test_laws.test_a_document_gives_the_same_memory_in_any_batch,
     test_laws.test_a_fresh_element_starts_from_nothing_and_the_others_go_on,
     test_laws.test_gradient_reaches_every_parameter, test_laws.test_replay_gives_the_gradients_of_bptt])
@@ -294,7 +296,8 @@ def test_without_back_propagation_through_memory_the_writer_learns_nothing():
     tokens = text(K=6)
     stream.bptt(model, cut, tokens, tokens.roll(-1, 1), model.init_state(2), 1 / tokens.numel())
     assert all(p.grad is None for p in model.writer.parameters())
-    assert (model.readers[0].kv.weight.grad - whole["readers.0.kv.weight"]).norm() > 0
+    grad, full = model.readers[0].kv.weight.grad, whole["readers.0.kv.weight"]
+    assert (grad - full).norm() > 0.1 * full.norm()
 
 
 def test_an_element_that_begins_anew_sends_no_gradient_into_the_memory_before():
@@ -366,18 +369,6 @@ def test_a_pair_is_recalled_behind_a_gap_of_four_segments(tmp_path):
         late = batch.distance >= 4 * 16
         right, asked = right + hit[late].sum().item(), asked + late.sum().item()
     assert right / asked > 0.9
-
-
-def test_a_few_steps_make_it_use_its_memory():
-    torch.manual_seed(0)
-    model, tokens = nanomem.build("memformer", **TINY), text(K=4)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(5):
-        gradients(stream.bptt, model, lambda: model.init_state(2), tokens)
-        optimizer.step()
-    with torch.no_grad():
-        _, state = run(model, tokens)
-        assert not close(model(tokens[:, :S], state)[0], model(tokens[:, :S], model.init_state(2))[0], 1e-3)
 
 
 @pytest.mark.parametrize("fields, why", [(dict(mem=-2), "counts memory slots, got -2"), (dict(tau=0.0), "got 0.0")])

@@ -85,7 +85,8 @@ def books(loss, per_book=(0, 0), **more):
 def cost():
     reading = [dict(after=n, read_ms=0.5, decode_ms=2.0, held=100, peak=2 ** 21) for n in (1024, 2048)]
     return dict(parameters=1000, state_bytes=2048, compiled=False, training_tokens_per_s=12345.6, reading=reading,
-                speed_over_nanogpt=1.5, read_growth=1.0, decode_growth=1.25, share_of_product=0.3, training_peak=2 ** 20)
+                speed_over_nanogpt=1.5, share_of_product=0.3, training_peak=2 ** 20, read_growth=1.0,
+                decode_growth=1.25)
 
 
 def test_the_first_table_fits_a_page_and_its_words_are_plain():
@@ -162,7 +163,8 @@ def test_a_needle_is_found_far_away_or_that_was_not_measured(length, measured):
 
 def test_a_model_beats_another_on_books_or_not():
     models = dict(rmt=dict(books=books(5.0)), hmt=dict(books=books(4.5)))
-    assert "-0.500 nats a token (-0.500 to -0.500), one seed" in claims(models) and "does not hold" not in claims(models)
+    assert "-0.500 nats a token (-0.500 to -0.500), one seed" in claims(models)
+    assert "does not hold" not in claims(models)
     models["hmt"]["books"]["all"]["by_book"] = {1: [[300 * 6.0, 300], [300 * 4.0, 300]]}
     assert "does not hold" in claims(models)
     models["hmt"]["books"]["all"]["by_book"] = {2: [[300 * 4.0, 300]] * 2}     # no seed that rmt has

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 import nanomem
 from nanomem.cli import UserError
-from nanomem.models.gpt import norm
+from nanomem.models.gpt import norm, rope, rotate
 from nanomem.models.titans import bend, descend, gradients, products
 
 from conftest import S, TINY, V, close, run, size, text, tiny
@@ -97,6 +97,34 @@ def test_a_token_says_how_far_its_step_goes_how_much_momentum_stays_and_what_fad
     y, (w,), (s,) = loop([zero], [zero], unit(q), unit(k), unit(v), theta, eta.log(), (1 - alpha).log(), memory.c.chunk)
     out, after = memory.write(x, 0, dict(w=[zero], s=[zero], at=[zero], key=zero[:, :, :1]))
     assert close(out, norm(y.transpose(1, 2).flatten(2))) and close(after["w"][0], w) and close(after["s"][0], s)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["titans", "titans_mag"])
+def test_a_layer_is_a_loop_over_heads_and_queries_and_then_a_gate(name):
+    """Equations 21 to 28, with a memory that a segment has filled. What it answers and writes has loops of its own."""
+    model, mac, D = tiny(name), name == "titans", 16
+    past = model.read(run(model, text(B=1, K=1))[1])[0]
+    attention, memory, x = model.blocks[0].attention, past[-1], norm(torch.randn(1, S, 32))
+    answers, persist = attention.memory.ask(x, memory["before"])[0], norm(attention.persist)[0]
+    turn, y = lambda k, t: rotate(k[None], rope(torch.tensor([t]), D))[0], torch.zeros(1, S, 32)
+    for head in range(2):
+        part = slice(head * D, (head + 1) * D)
+        key = lambda z, t: turn(norm(attention.k(z)[part]), t)
+        own, value = [key(z, t) for t, z in enumerate(x[0])], lambda z: attention.v(z)[part]
+        own = [torch.cat([k[:8], own[t - 1][8:] if t else torch.zeros(8)]) for t, k in enumerate(own)]
+        for t in range(S):
+            seen = [(key(z, i - 4), value(z)) for i, z in enumerate(persist)]
+            seen += [(key(z, i), value(z)) for i, z in enumerate(answers[:t + 1]) if mac]
+            k, v = map(torch.stack, zip(*seen, *zip(own[:t + 1], map(value, x[0]))))
+            q = attention.gain[head, 0] * turn(norm(attention.q(x[0, t])[part]), t)
+            y[0, t, part] = (k @ q / D ** 0.5).softmax(0) @ v
+    y = attention.out(y)
+    z = norm(x + y) if mac else x                                              # what is written
+    m, written = attention.memory.write(z, 0, memory)
+    m = attention.memory.ask(z, memory["before"]) if mac else m
+    out, (*_, after) = attention(x, rope(torch.arange(S), D), past)
+    assert close(out, 2 * y * (attention.scale * m).sigmoid(), 1e-5) and close(after["w"][0], written["w"][0], 1e-5)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

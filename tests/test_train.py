@@ -347,7 +347,6 @@ def accuracy_by_segments(model, task, B, T, batches=4):
 
 
 @pytest.mark.parametrize("model, steps, floors", [("xl", 100, [0.95, 0.4]),
-                                                  pytest.param("rmt", 400, [0.7] * 3, marks=pytest.mark.slow),
                                                   pytest.param("hmt", 400, [0.8] * 4, marks=pytest.mark.slow)])
 def test_it_learns_a_recall_that_gpt_cannot(tmp_path, model, steps, floors):
     """Two pairs over segments of 16 tokens; each model recalls as far back as it can see, by the distance in whole
