@@ -14,7 +14,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
     books     loss of the held-out books by position; how much it increases without memory, or with another book's
     passage   how much easier a passage is when it was read before, some segments of another book ago
-    reach     how far back a model listens: how much one changed token moves later predictions, by distance
+    reach     how far back predictions depend on the text: how much one changed token moves them, by distance
     rates     the loss of the held-out books after a tenth of the steps, with multiples of the learning rates (--search)
     recall, recall2, recall32, recall512, recall_bytes, delayed, mqar, noise, needle, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
@@ -200,7 +200,7 @@ def books_of(b, job):
 NO_EFFECT = ("device", "log_interval", "eval_interval", "eval_batches", "minutes")    # on the weights
 
 
-def trained(flags, out, until=math.inf, overwrite=False):
+def checkpoint_of(flags, out, until=math.inf, overwrite=False):
     """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one, as
     always with `overwrite`. Raises TimeUp if it is not there at the time `until`: what there is then is saved. Raises
     UserError where a training with other flags would be lost."""
@@ -253,14 +253,14 @@ def train_for(b, group, until):
     for x, short in searched(b, training).items():
         flags = [*flags_of(short, training), "--eval_batches=16", *device]
         try:
-            one = trained(flags, Path(f"{out}-x{x}"), until, b.overwrite)
+            one = checkpoint_of(flags, Path(f"{out}-x{x}"), until, b.overwrite)
             tried[x], seconds = one["best"], seconds + one["seconds"]
         except train.Diverged:                         # a rate that is too high
             tried[x] = math.inf
     if not only_rates(group):
         best = float(min(tried, key=tried.get)) if tried else 1
         flags = [*flags_of(replace(b, lr=b.lr * best, muon=b.muon * best), training), *device]
-        saved = trained(flags, out, until, b.overwrite)
+        saved = checkpoint_of(flags, out, until, b.overwrite)
         seconds += saved["seconds"]
     return saved, tried, seconds
 
@@ -288,7 +288,7 @@ def measured(b, job, saved, tried):
     if job.task == "rates":
         return tried
     if job.task == "replay":
-        return cost.replay(untrained(b, job.model).to(device), suites.BPTT_WINDOWS)
+        return cost.replay(untrained(b, job.model).to(device), suites.REPLAY_SEGMENTS)
     last = Path(b.out) / str(job.training) / "last.pt"
     load = lambda **more: nanomem.load(last, **{**fields_of(job.model, tested=True), **more})[0].to(device).eval()
     model = load()

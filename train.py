@@ -128,13 +128,13 @@ def schedule(run, step):
 def validate(model, loader, batches, dtype):
     """On the first batches of the held-out text: the mean loss in nats a token, and the part of correct guesses. Both
     are NaN if nothing is scored there."""
-    nll, hits, n = 0.0, 0, 0
+    nll, right, n = 0.0, 0, 0
     model.eval()
     for batch, loss, correct in stream.evaluate(model, loader, batches, dtype):
         asked = batch.y >= 0
-        nll, hits, n = nll + loss.sum().item(), hits + (correct & asked).sum().item(), n + asked.sum().item()
+        nll, right, n = nll + loss.sum().item(), right + (correct & asked).sum().item(), n + asked.sum().item()
     model.train()
-    return (nll / n, hits / n) if n else (math.nan, math.nan)
+    return (nll / n, right / n) if n else (math.nan, math.nan)
 
 
 def check_resume(saved, run, typed, fields):

@@ -157,20 +157,20 @@ def cost(model, batch, segments, after, compile=False, dtype=None):
     eager = compile and device.type != "cuda"                # where tensors are counted, the compiler's are not seen
     training_peak = peak_bytes(device, training_step(model, batch, segments, dtype=dtype) if eager else steps[0])
 
-    book, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
+    text, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
     readers, held, peaks = [], [], []
     for n in after:
         n = n // c.seg * c.seg
         if reader.count < n:
-            reader(book[:, reader.count:n])
+            reader(text[:, reader.count:n])
         with torch.no_grad(), LiveBytes() as live:
             ahead = copy_of(reader)
-            ahead(book[:, :c.seg + 1])
+            ahead(text[:, :c.seg + 1])
         held.append(held_bytes(ahead))
         peaks.append(live.peak)
         readers.append(copy_of(reader))
     # one segment each, in one call or a token at a time; readers go on, which changes nothing in the cost
-    read, decode = ([lambda r=r, T=T: [r(x) for x in book[:, :c.seg].split(T, 1)] for r in readers] for T in (c.seg, 1))
+    read, decode = ([lambda r=r, T=T: [r(x) for x in text[:, :c.seg].split(T, 1)] for r in readers] for T in (c.seg, 1))
     times = seconds(device, *read, *decode).reshape(2, len(after), -1)
     model.train()
     read_ms, decode_ms = 1000 * np.median(times, 2) / c.seg

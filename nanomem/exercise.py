@@ -150,7 +150,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
     "landmark": [
         Exercise("grouped", "a softmax in two levels", {
             "share_out": "the weight of a landmark goes to the tokens of its block, by a softmax of their scores",
-            "Attention.segment": "single tokens of the query's own block; landmarks of the blocks before; none to come"}),
+            "Attention.segment": "single tokens of the query's block; landmarks of the blocks before; none to come"}),
         Exercise("retrieve", "each query and head picks its own blocks", {
             "Attention.retrieve": "top k by landmark; fetch them, or mask the others when that is less work"}),
         Exercise("bank", "keys that are stored without a place and get one when read", {

@@ -70,8 +70,8 @@ def step_bytes(model, backward, dtype, K):
         return live.peak
     few = min(K, 2)
     one = peak(1, few)
-    text = peak(2, few) - one
-    return one - text, text + (K - few) * (peak(1, few + 1) - one)
+    per_text = peak(2, few) - one
+    return one - per_text, per_text + (K - few) * (peak(1, few + 1) - one)
 
 
 def check_step(model, backward, dtype, B, K, accum=1, compiled=False):

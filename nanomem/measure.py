@@ -135,9 +135,9 @@ def loss_by_position(model, books, edges, batch, upto=0, interleave=1, training=
                     by_book=[[float(np.nansum(x)), int(np.isfinite(x).sum())] for x in cut(loss)],
                     **{name: increase(cut(x), cut(loss)) for name, x in controls.items()})
 
-    steps = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
+    ends = [0, *(2 ** i for i in range(S.bit_length()) if 2 ** i < S), S]
     in_segment = [dict(start=start, end=end, loss=mean_of([x[i::S] for x in loss for i in range(start, end)]))
-                  for start, end in zip(steps, steps[1:])]
+                  for start, end in zip(ends, ends[1:])]
     return dict(books=len(books), interleave=interleave, parameters=parameters(model),
                 state_bytes=stream.nbytes(model.init_state(1)), all=part(0, longest),
                 by_position=list(filter(None, map(part, edges, edges[1:]))),

@@ -182,7 +182,7 @@ def against_bytes(models, path):
 
 
 def reach_map(models, path):
-    """How far back each model listens."""
+    """How far back the predictions of each model depend on the text."""
     results = results_of(models, "reach")
     columns = reach_columns(max(results.values(), key=len))
     values = {name: [x["kl"] for x in r] + [None] * (len(columns) - len(r)) for name, r in results.items()}

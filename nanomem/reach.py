@@ -1,4 +1,4 @@
-"""How far back a model listens: change one token of a text, and measure how all later predictions move."""
+"""How far back predictions depend on the text: change one token, and measure how later predictions move."""
 import numpy as np
 import torch
 from torch.nn import functional as F

@@ -6,7 +6,7 @@ VOCAB = 320                                                      # of untrained 
 BYTES = dict(tokenizer="bytes")                                  # for the embedded book: small models, small vocabulary
 POSITIONS = (0, 512, 1024, 2048, 8192, 32_768, 1 << 40)   # in a book: a column of the report ends at each
 READ = (1024, 16_384, 262_144)                                   # tokens before a measurement of cost; and --read
-BPTT_WINDOWS = (2, 4, 8, 16, 32)                                 # K, segments through which replay is measured
+REPLAY_SEGMENTS = (2, 4, 8, 16, 32)                              # K, segments through which replay is measured
 
 
 @dataclass

@@ -343,7 +343,7 @@ def test_a_night_goes_through_in_a_minute(tmp_path, shards, monkeypatch):
         monkeypatch.setitem(suites.TASKS, task, bench.replace(t, tests=few, texts=8, batch=4, train=dict(
             t.train, width=16, batch=2, layers=min(2, t.train["layers"]))))
     monkeypatch.setattr(measure, "passage", lambda model, books: [dict(after=0, gain=0.0, interval=0.0)])
-    monkeypatch.setattr(suites, "BPTT_WINDOWS", (2, 4))
+    monkeypatch.setattr(suites, "REPLAY_SEGMENTS", (2, 4))
     monkeypatch.setattr(cost.replay, "__defaults__", (1, 1))
     argv = [*SMALL, "--suite=night", f"--data={shards}", f"--out={tmp_path}", "--seeds=1", "--models=gpt,memformer"]
     assert bench.main(argv) == 0

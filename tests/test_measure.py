@@ -258,7 +258,7 @@ def test_what_a_model_cannot_hold_moves_nothing(books):
         assert all((x["kl"] > 0) == (x["start"] <= holds) for x in found) and found[0]["kl"] > 1e-6
 
 
-def test_a_model_with_a_memory_listens_further_than_rounding(books):
+def test_a_memory_reaches_further_than_rounding(books):
     for name in ("rmt", "full", "gca"):
         found = reaches(name, books)
         assert found[5]["kl"] > max(1e-15, 10 * found[5]["noise"]) and found[0]["noise"] < 1e-9

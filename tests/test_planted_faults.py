@@ -204,7 +204,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
         ("return z[:, :, c.m],", "return z[:, :, 0],",
          "a_chunk_is_encoded_once_both_ways_with_its_key_at_the_landmark"),
         ("if self.training or c.retrieval", "if True or c.retrieval", "noise_explores_in_training_only_and_repeats"),
-        ("torch.full((1,), -past", "torch.full((1,), past", "segments_of_any_length_are_one_pass"),
+        ("torch.full((1,), -leaving", "torch.full((1,), leaving", "segments_of_any_length_are_one_pass"),
         ("self.find(ask[:, :n]", "self.find(ask[:, -n:]", "no_token_sees_the_future"),
         ("(x if c.bypass else with_chunks)", "with_chunks",
          "what_is_retrieved_goes_into_the_mlp_only_unless_there_is_no_bypass"),

@@ -93,7 +93,7 @@ def test_the_memory_costs_m_times_c_parameters():
 
 @torch.no_grad()
 def test_streaming_runs_the_same_positions_for_every_segment():
-    """Cost per segment is constant: M + k + S + M rows pass the trunk, however much was read."""
+    """Cost per segment is constant: M + k + S + M positions pass the backbone, however much was read."""
     model, rows = tiny("rmt", mem=5, sensory=3), []
     model.blocks[0].register_forward_hook(lambda m, a, y: rows.append(a[0].size(1)))
     run(model, text(K=6))

@@ -40,7 +40,7 @@ def test_the_seed_decides_and_greedy_needs_none(say):
 
 
 @torch.no_grad()
-def test_greedy_text_is_what_the_whole_walk_predicts(say, out):
+def test_greedy_text_is_what_one_loop_over_all_predicts(say, out):
     prompt = "x" * (2 * S + 5)
     text = say(f"--prompt={prompt}", f"--tokens={S}", "--temperature=0")
     enc, (model, _) = data.tokenizer("bytes"), nanomem.load(out)
@@ -130,7 +130,7 @@ def test_a_model_of_a_task_writes_no_text(tmp_path):
 
 @torch.no_grad()
 def test_a_token_costs_the_same_rows_after_a_line_and_after_a_book(out):
-    """Decode work is counted, not timed: rows through the trunk and keys that they see, early and late."""
+    """Decode work is counted, not timed: positions through the backbone and keys that they see, early and late."""
     model = nanomem.load(out)[0]
     work = []
     model.blocks[0].attention.register_forward_hook(lambda m, a, y: work.append((a[0].size(1), y[1][0].size(2))))

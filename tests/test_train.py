@@ -295,7 +295,7 @@ def test_training_makes_at_most_two_graphs_and_never_recompiles(model):
     for name in nanomem.MODELS if model == "all" else [model]:
         made, again = graphs(tiny(name, seg=8, layers=1), stream.bptt)
         assert made <= 2 and not again, name                         # with a state that needs gradient, and without
-        # and the walk without a graph; M+'s store and B'MOJO's innovations get a gradient only as leaves of replay
+        # and the pass without a graph; M+'s store and B'MOJO's innovations get a gradient only as leaves of replay
         made, again = graphs(tiny(name, seg=8, layers=1), stream.replay)
         assert made <= 3 + (name in ("mplus", "bmojo")) and not again, name
 

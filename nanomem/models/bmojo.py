@@ -19,7 +19,7 @@ SPAN = 3   # outputs whose mean predicts the next one, k of algorithm 1
 @dataclass
 class Config(mamba.Config):
     mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
-    window: int = -1             # W, raw tokens that a token sees; -1: a quarter of a segment; 0: no past, plain GPT
+    window: int = -1             # W, raw tokens seen, itself included; -1: a quarter of a segment; 0: no past, GPT
     eidetic: int = -1            # M, tokens kept, those of most surprise so far; -1: as many as W
     fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the W before the window
     rope: bool = True            # positions, counted within two windows; the paper has none
@@ -208,10 +208,11 @@ class BMojo(Mamba):
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
     write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
-    departs  Mamba-2 for Mamba-1 (see mamba); the paper leaves open which outputs are the fading tokens, how many y^
-             averages (here k = 3) and what error is (here Euclidean distance); RoPE within two windows (paper: none);
-             no raw token is seen twice; a key knows the token before it, as in all our models, so that an eidetic token
-             can say what followed; the convolution is the state space's alone
+    departs  Mamba-2 for Mamba-1 (see mamba); each token sees W fading tokens, as in the authors' later code (algorithm
+             1 has one, appendix B.2 leaves it open); the paper leaves open how many y^ averages (here k = 3) and what
+             error is (here Euclidean distance); RoPE within two windows (paper: none); no raw token is seen twice; a
+             key knows the token before it, as in all our models, so that an eidetic token can say what followed; the
+             convolution is the state space's alone; gradient goes into earlier segments
     """
     Config = Config
 

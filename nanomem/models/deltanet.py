@@ -123,8 +123,9 @@ class DeltaNet(Mamba):
     paper    Gated DeltaNet 2412.06464: eq. 10 (rule), section 3.3 (chunks), section 3.4 (block); rule=delta is DeltaNet
              2406.06484; rule=gated is gated linear attention (in the paper's terms Mamba-2), with b_t in front of v_t
     departs  one inner width C, keys and values of one head equally wide (paper: values twice as wide as keys); decays
-             start as in mamba, for short training; no weights in the norm of o, which `out` can learn; q is not scaled
-             by N^-1/2, since o has a norm; an MLP follows, so that a layer has the size of GPT's
+             start as in mamba, for short training; the convolution is added to its input; no weights in the norm of o,
+             which `out` can learn; q is not scaled by N^-1/2, since o has a norm; an MLP follows, so that a layer has
+             the size of GPT's
     """
     Config = Config
 

@@ -95,9 +95,9 @@ class GCA(GPT):
     write    the chunks of a full segment come in, and the oldest go
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
-             all retrieval goes, do not start at zero; the Gumbel noise that explores in training is a function of the
-             two chunks' numbers; a question outlives its segment (in the code the first chunk of a segment finds
-             nothing)
+             all retrieval goes, do not start at zero; 4 chunks and a window of 4 (code: 8 and 8), and no sink, which
+             its runs on books have; the Gumbel noise that explores in training is a function of the two chunks'
+             numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
     """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
@@ -200,8 +200,8 @@ class GCA(GPT):
         c = self.c
         if not c.W:
             return None
-        block = max(d for d in range(1, max(c.W // 2, c.U) + 1) if T % d == 0)
-        return window_mask(c.kept - n * c.U, P, T, c.W, block)
+        A = max(d for d in range(1, max(c.W // 2, c.U) + 1) if T % d == 0)
+        return window_mask(c.kept - n * c.U, P, T, c.W, A)
 
     def encode(self, h):
         """Full chunks h (B, n, U, C) -> their keys (B, n, C), and their keys and values (B, n, H, m, 2D)."""
@@ -247,9 +247,9 @@ class GCA(GPT):
 
     def write(self, cache, state):
         c, near, new = self.c, cache["near"], cache["new_key"].size(1)
-        past = near[0][0].size(2) - c.kept                                     # positions that leave the window
-        back = rope(torch.full((1,), -past, device=state["n"].device), c.head_dim)
-        near = torch.stack([torch.stack([rotate(k[:, :, past:], back), v[:, :, past:]], 1) for k, v in near], 1)
+        leaving = near[0][0].size(2) - c.kept                                  # positions that leave the window
+        back = rope(torch.full((1,), -leaving, device=state["n"].device), c.head_dim)
+        near = torch.stack([torch.stack([rotate(k[:, :, leaving:], back), v[:, :, leaving:]], 1) for k, v in near], 1)
         newest = lambda name: torch.cat([state[name], cache[f"new_{name}"].to(state[name])], 1)[:, new:].clone()
-        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + past // c.U, ask=cache["ask"],
+        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + leaving // c.U, ask=cache["ask"],
                     near=near.to(state["near"].dtype))

@@ -149,7 +149,7 @@ class GPT(nn.Module):
     write    nothing
     paper    GPT-2 (Radford et al. 2019), with the modern parts of the nanoGPT speed runs
     departs  RoPE, RMSNorm and QK-norm without weights, a gain for each head, keys that know the token before, squared
-             ReLU, no biases, untied head, MLPs that start at zero
+             ReLU, embeddings with a norm, no biases, untied head, MLPs that start at zero
     """
     Config, Attention = Config, Attention   # another model puts its own here
     parallel = 1                            # segments that one call may bring: more where none waits for another

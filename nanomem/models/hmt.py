@@ -54,7 +54,8 @@ class HMT(GPT):
              target. A learned gain on P, from 1, since our embeddings have unit RMS, as hidden states do. Wq = Wk at
              the start: a search for what is alike. M memory tokens where the paper has one; each searches its own past.
              The first segment of a document has zeros as sensory tokens. The summary is made in every segment's own
-             call, also where there is no choice yet, and not for all segments at once
+             call, also where there is no choice yet, and not for all segments at once. Trained from scratch, in one
+             stage, with the loss of all segments (paper: a pretrained model, two stages, the last segment)
     """
     Config = Config
 

@@ -88,9 +88,9 @@ class Attention(gpt.Attention):
         these are (B, H, T+n, k). Few queries fetch their blocks. Many would fetch more than the whole bank: they see
         all of its M blocks, and the landmarks of the others have -inf."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
-        best, i = (rank + cache["tie"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
+        best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
         mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
-        cos, sin = cache["place"]                                              # (M, D/2)
+        cos, sin = cache["angles"]                                              # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
             k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
@@ -111,11 +111,11 @@ class Landmark(GPT):
              landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
     write    the blocks of a full segment come in, and the oldest go. Keys are rotated to their position in the block
     paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
-    departs  training uses the bank too, and gradient goes through it into earlier segments (paper: single windows, in
-             which all blocks compete, as with topk=bank here). A landmark has the position of the token before it, so
-             that tokens stand as in gpt. The last k + 1 blocks keep their distance; older ones share one place (paper:
-             those that are retrieved stand in order). Of scores that are nearly equal the newest counts: in layer 0 all
-             landmarks have the same key
+    departs  blocks of up to 16 tokens (paper: 50). Training uses the bank too, and gradient goes through it into
+             earlier segments (paper: single windows, in which all blocks compete, as with topk=bank here). A landmark
+             has the position of the token before it, so that tokens stand as in gpt. The last k + 1 blocks keep their
+             distance; older ones share one place (paper: those that are retrieved stand in order). Of scores that are
+             nearly equal the newest counts: in layer 0 all landmarks have the same key
     """
     Config, Attention = Config, Attention
 
@@ -137,12 +137,12 @@ class Landmark(GPT):
         begins l tokens before the segment, the one before it 2 l; and none further away than k + 1 blocks."""
         c = self.c
         age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
-        place = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
-        tie = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
-        cache, picks = [], age.new_zeros(len(tie), c.heads, 0, c.topk)
-        for old, bank in zip(rotate(state["landmark"], place).unbind(1), state["bank"].unbind(1)):
+        angles = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
+        bias = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
+        cache, picks = [], age.new_zeros(len(bias), c.heads, 0, c.topk)
+        for old, bank in zip(rotate(state["landmark"], angles).unbind(1), state["bank"].unbind(1)):
             none = old[:, :, :0]                                               # (B, H, 0, D)
-            cache.append(dict(bank=bank, old=old, place=place, tie=tie, k=none, v=none, mark=none, n=state["n"],
+            cache.append(dict(bank=bank, old=old, angles=angles, bias=bias, k=none, v=none, mark=none, n=state["n"],
                               picks=picks, share=picks.float()))
         return cache
 
@@ -154,9 +154,9 @@ class Landmark(GPT):
         x = torch.cat([self.embed(tokens), self.landmark.expand(len(tokens), len(last), -1)], 1)    # (B, T+n, C)
         position, layers = torch.cat([token, last]), []
         angles = rope(position, c.head_dim)
-        for block, layer in zip(self.blocks, cache):
-            x, layer = block(x, angles, layer, (T, position))                  # Attention's cache and places
-            layers.append(layer)
+        for block, memory in zip(self.blocks, cache):
+            x, memory = block(x, angles, memory, (T, position))                # Attention's cache and places
+            layers.append(memory)
         return self.head(norm(x[:, :T])), layers                               # (B, T, V)
 
     def retrieved(self, cache):

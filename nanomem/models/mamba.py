@@ -133,7 +133,8 @@ class Mamba(GPT):
     paper    Mamba-2 2405.21060: eq. 2 (selective state space), section 6 (chunks), section 7.1 (block)
     departs  the inner width, of x, is C (paper: 2C); the convolution comes before the projection and is added to its
              input (paper: on x, b and c after it, with a SiLU, which is left out); b and c have a norm, as keys and
-             queries have; steps start longer, for short training; an MLP follows, so that a layer has the size of GPT's
+             queries have; steps start longer and decays slower (A at 0.01 to 1, paper: 1 to 16), for short training; an
+             MLP follows, so that a layer has the size of GPT's
     """
     Config = Config
     parallel = math.inf                     # nothing waits for the end of a segment

@@ -82,12 +82,13 @@ class Memformer(GPT):
     read     x += softmax(q k^T / sqrt D) v in every block, q from x, k and v from mem
     write    w = softmax([q_i k_i, q_i K_1 .. q_i K_T] / (tau sqrt D)),  z_i = w_0 mem_i + sum_j w_j V_j,
              mem'_i = (z_i + v_i) / |z_i + v_i|,  and v_i / |v_i| to begin with
-    paper    Memformer 2010.06891, the text of 2022: memory reader, slot attention, biased memory normalisation;
-             decoder-only as in section 2.2.1 of the text of 2020. Its memory replay is stream.replay
-    departs  one causal GPT for encoder and decoder: it writes from causal hidden states (bidir: from both sides), and
-             at the first token of a segment memory is all that is known of the past (back: the segment before, too);
-             slots have norm sqrt C as hidden states do, not 1, so that at the start a slot counts as much as a token;
-             the paper does not print its tau
+    paper    Memformer 2010.06891, the text of 2022: memory reader, slot attention, biased memory normalisation. Its
+             memory replay is stream.replay
+    departs  one causal GPT for encoder and decoder, with one memory for all layers (the decoder of the text of 2020 has
+             one for each): it writes from causal hidden states (bidir: from both sides), and at the first token of a
+             segment memory is all that is known of the past (back: the segment before, too); slots have norm sqrt C as
+             hidden states do, not 1, so that at the start a slot counts as much as a token; a slot's query begins as
+             its key, so that it lasts; we do not know the paper's tau
     """
     Config = Config
 

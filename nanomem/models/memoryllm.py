@@ -50,9 +50,10 @@ class MemoryLLM(GPT):
     write    a second pass over the segment, with the K newest vectors of the pool (detached) in front and the marker p
              added to its last K tokens. What these become in a layer goes into its pool
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
-    departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama.
-             What drops out comes from a table of random choices, so that replay and resume repeat it. Empty slots are
-             masked (in the paper: random vectors)
+    departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama;
+             gradient goes through all writes of a BPTT window (paper: through one, in one of its three ways to train).
+             N is 8 K (paper: 30 K). What drops out comes from a table of random choices, so that replay and resume
+             repeat it. Empty slots are masked (in the paper: random vectors)
     """
     Config = Config
 
