@@ -3,7 +3,7 @@
     python bench.py                                         every model, on recall, and what it costs: ten minutes
     python bench.py --models=gpt,rmt --tasks=books,cost     any part of it
     python bench.py --models=rmt,rmt:mem=1:lr=1e-3,gca/topk=8
-    python bench.py --data=data/pg19 --steps=5000           the same on shards
+    python bench.py --tasks=books --data=data/pg19 --steps=5000
     python bench.py --suite=night --data=data/pg19          everything, with 30M parameters: a night on one GPU
     python bench.py --suite=night --data=data/pg19 --minutes=10          the next ten minutes of it
     python bench.py --suite=night --data=data/pg19 --dry --speed=100000  what it will do, and how long that takes
@@ -47,7 +47,7 @@ import nanomem
 import train
 from nanomem import checkpoint, claims, cli, cost, data, measure, pictures, reach, report, stream, suites, tasks
 from nanomem.cli import UserError
-from nanomem.jobs import Job, TimeUp, describe, halves, read_result, relative_speeds, run_all, write_result
+from nanomem.jobs import Job, TimeUp, describe, file_of, halves, read_result, relative_speeds, run_all, write_result
 from nanomem.suites import BYTES, TASKS, VOCAB
 
 
@@ -76,9 +76,15 @@ def parts_of(model):
     return *cli.variant(trained), cli.variant(f"/:{tested}")[1] if tested else {}
 
 
+OURS = ("model", "data", "out", "seed", "resume", "overwrite", "minutes", "eval_batches", "eval_interval")
+
+
 def fields_of(model, tested=False):
     """The fields of the model's Config among its settings. Refuses what neither the model nor train.py knows."""
     name, trained, changed = parts_of(model)
+    for k in trained:
+        if k in OURS:
+            raise UserError(f"{model}: {k} is not a setting of one model, bench.py sets it for all: --{k}")
     flags = [f"--{k}={v}" for k, v in (changed if tested else trained).items()]
     return cli.parse(flags, nanomem.model_class(name).Config, *([] if tested else [train.Run]))[0][0]
 
@@ -216,7 +222,8 @@ def checkpoint_of(flags, out, until=math.inf, overwrite=False):
         for k, v in now.items():
             if was.get(k) != v:
                 what = "with other books" if k == "books" else f"with --{k}={was.get(k)}, not {v}"
-                raise UserError(f"{out} holds a training {what}: --overwrite it, or choose another --out")
+                raise UserError(f"{out} holds a training {what}: add --overwrite to replace it, or choose another "
+                                "--out")
         if saved["step"] == typed["steps"]:
             return saved
         extra = "--resume"
@@ -312,18 +319,26 @@ def measured(b, job, saved, tried):
 
 
 def work(b, group, command, until):
-    """Train once for jobs that need the same training, measure each, and write its result. Raises TimeUp."""
+    """Train once for jobs that need the same training, measure each, and write its result. Raises TimeUp, or what the
+    first job raised that failed, with its name, when the others are done."""
     saved, tried, seconds = train_for(b, group, until) if group[0].training else (None, {}, 0)
+    failed = None
     for job in group:
         if time.time() > until:
             raise TimeUp
         torch.manual_seed(job.seed)
         start = time.perf_counter()
-        found = measured(b, job, saved, tried)
+        try:
+            found = measured(b, job, saved, tried)
+        except Exception as error:
+            error.job, failed = job, failed or error
+            continue
         more = dict(books=books_of(b, job)) if books_of(b, job) else {}
         write_result(b.out, job, settings=settings_of(b, job), **more, command=command, torch=torch.__version__,
                      machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=seconds / 60,
                      minutes=(time.perf_counter() - start) / 60, measured=found)
+    if failed:
+        raise failed
 
 
 def options(argv):
@@ -345,9 +360,12 @@ def options(argv):
         raise UserError("--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2")
     if b.search and not all(re.fullmatch(r"\d*\.?\d+", x) and float(x) for x in b.search.split(",")):
         raise UserError(f"--search={b.search} is no list of numbers with commas between them, such as --search=0.5,1,2")
-    for flag, least in dict(seeds=1, jobs=0, read=2048).items():   # read: cost is compared with that after 1,024 tokens
+    for flag, least in dict(seeds=1, jobs=0, batch=1, segments=1, steps=1, task_steps=0, upto=0,
+                            read=2048).items():                 # read: cost is compared with that after 1,024 tokens
         if getattr(b, flag) < least:
             raise UserError(f"--{flag}={getattr(b, flag)} is too little: at least {least}")
+    if b.data and not tasks.is_task(b.data):
+        b.data = os.path.normpath(b.data)                           # data/mine/ is data/mine
     return b, [task for task in suites.ORDER if task in names or "all" in names and (b.search or task != "rates")]
 
 
@@ -384,6 +402,22 @@ def vocab_of(folder):
     return data.open_books(folder, "train", BYTES["tokenizer"]).enc.n_vocab
 
 
+ON_BOOKS = ("books", "passage", "reach", "rates", "race")
+
+
+def check_books(b, jobs):
+    """Rather before the trainings than after: are the books there, and would a result on the test books be lost, or one
+    on the validation books?"""
+    for split in ("train", "test" if b.final else "validation"):
+        data.open_books(b.data, split, BYTES["tokenizer"])
+    for job in jobs:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            was = json.loads(file_of(b.out, job).read_text())["settings"]["final"]
+            if was != b.final and not b.overwrite:
+                raise UserError(f"{file_of(b.out, job)} was measured {'with' if was else 'without'} --final: add "
+                                "--overwrite to replace it, or choose another --out")
+
+
 def main(argv):
     b, names = options(argv)
     switches = ("--report", "--overwrite")
@@ -399,6 +433,9 @@ def main(argv):
     groups = {}                                                          # the jobs that need the same training
     for job in left:
         groups.setdefault(job.training or job, []).append(job)
+    on_books = [job for job in left if job.task in ON_BOOKS]
+    if on_books and not b.report:
+        check_books(b, on_books)
     if b.dry:
         plan(b, groups.values())
         return 0
@@ -413,8 +450,8 @@ def main(argv):
     with tqdm(total=len(groups), unit="job", disable=not groups) as bar:
         for (_, group, *_), error in chain(run_all(work, calls, n), run_all(work, alone, 1)):
             if error and not isinstance(error, TimeUp):
-                said, where = describe(error)
-                failed.append(f"{group[-1].task} of {group[-1].model}: {said}")
+                (said, where), job = describe(error), getattr(error, "job", group[0])
+                failed.append(f"{job.task} of {job.model}: {said}")
                 bar.write(f"warning: {failed[-1]}\n{where}", sys.stderr)
             bar.set_description(group[-1].model)
             bar.update(not isinstance(error, TimeUp))
@@ -428,9 +465,11 @@ def main(argv):
         print(rest)
         return 0
     head, models = report.head(results, command), report.collect(results)
-    about = {k: f"{t.about}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()}
+    here = f"; here {b.task_steps} steps" * (b.task_steps > 0)
+    about = {k: f"{t.about}{here}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()}
     tables = "\n\n".join(filter(None, [report.tables(models, about), *claims.claims_table(models)]))
-    Path(b.out, "report.md").write_text(f"```\n{head}\n```\n\n{tables}\n", encoding="utf-8")
+    text = f"```\n{head}\n```\n\n{tables}\n"
+    checkpoint.write_whole(Path(b.out, "report.md"), lambda scratch: scratch.write_text(text, encoding="utf-8"))
     print(f"\n{head}\n\n{tables}\n")
     print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, TASKS, b.out) if b.plot else [])]))
     if failed:

@@ -64,7 +64,10 @@ def standard_input(s):
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):          # no such thing as standard input
         return ""
-    return sys.stdin.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+    text = sys.stdin.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
+    if text and s.prompt:                                  # in a loop of a shell it may be what the next turns need
+        print(f"note: {len(text):,} characters of standard input come before the prompt", file=sys.stderr)
+    return text
 
 
 def main(argv):
@@ -77,7 +80,7 @@ def main(argv):
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     if s.save_memory:
-        checkpoint.target(s.save_memory)                   # rather now than after an hour of reading
+        checkpoint.target(s.save_memory, b"nanomem memory", "memory")    # rather now than after an hour of reading
     if s.look:
         look.target(s.look)
         if s.save_memory or s.load_memory:

@@ -69,7 +69,10 @@ def parse(argv, name=Run.model):
     name = cli.peek(argv, "model", name)
     (run, fields), words = cli.parse(argv, Run, nanomem.model_class(name).Config)
     if words:
-        raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --data={words[0]}?")
+        flag = "model" if words[0] in nanomem.MODELS or words[0].endswith(".py") else "data"
+        raise UserError(f"train.py takes only flags, got {words[0]}: did you mean --{flag}={words[0]}?")
+    if run.get("data") and not tasks.is_task(run["data"]):
+        run["data"] = os.path.normpath(run["data"])    # data/mine/ is data/mine
     return run, fields
 
 
@@ -147,11 +150,12 @@ def check_resume(saved, run, typed, fields):
             raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or change "
                             "--out")
     if saved["step"] >= run.steps:
-        raise UserError(f"this run has done all of its {run.steps} steps: --steps=N with a larger N goes on")
+        raise UserError(f"this run has done {saved['step']} steps: --steps=N with a larger N goes on")
+    if saved.get("code", "") != nanomem.code_of(saved["name"]):
+        print(f"note: {saved['name']} has changed since this run was saved")
     if run.steps != was["steps"]:
-        print(f"note: with {run.steps} steps in place of {was['steps']} the learning rate goes on at "
-              f"{schedule(run, saved['step']):.0%} of its peak, before it would have been "
-              f"{schedule(Run(**saved['run']), min(saved['step'], was['steps'] - 1)):.0%}")
+        print(f"note: with {run.steps} steps the learning rate is now {schedule(run, saved['step']):.0%} of its peak; "
+              f"with {was['steps']} it was {schedule(Run(**saved['run']), min(saved['step'], was['steps'] - 1)):.0%}")
 
 
 def new_log(out, step):
@@ -174,7 +178,8 @@ def main(argv):
             fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
     elif (out / "last.pt").exists() and not run.overwrite:
-        raise UserError(f"{out} holds a run already: --resume, --overwrite it, or choose another --out")
+        raise UserError(f"{out} holds a run already: add --resume to go on, or --overwrite to replace it, or choose "
+                        "another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(run, world)
     with checkpoint.lock(out) if rank == 0 else contextlib.nullcontext():
@@ -285,7 +290,7 @@ def train(run, typed, fields, saved, out, rank, world):
             for i, numbers in enumerate(zip(losses, norms)):
                 for name, v in zip(("loss", "gradient"), numbers):
                     if not math.isfinite(v):
-                        raise Diverged(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr"
+                        raise Diverged(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr or --muon"
                                         + (f"; {last} is the last good checkpoint" if has_saved else ""))
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent

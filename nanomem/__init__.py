@@ -117,6 +117,9 @@ def load(path, **fields):
     saved = checkpoint.load(path, "checkpoint")
     with checkpoint.using(path):
         model = build(saved["name"], **{**saved["config"], **fields})
+        shapes = [{k: v.shape for k, v in weights.items()} for weights in (model.state_dict(), saved["weights"])]
+        if fields and shapes[0] != shapes[1]:
+            raise UserError(f"weights depend on {' or '.join(fields)}, which cannot be changed after training")
         checkpoint.set_weights(model, saved["weights"])
         if saved.get("code", "") != code_of(saved["name"]):
             print(f"note: {saved['name']} has changed since {path} was trained with it", file=sys.stderr)

@@ -39,11 +39,20 @@ def weights_hash(model):
     return checksum(dict(model.state_dict()))
 
 
-def target(path):
-    """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file."""
+def target(path, mark=b"", what=""):
+    """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file, or,
+    with a mark, for a file that is no `what`: that has the mark in its first bytes."""
     real = Path(os.path.realpath(path))
+    folder = next(p for p in real.parents if p.exists())
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: {folder} is a file")
     if real.exists() and not real.is_file():
         raise UserError(f"{path} is not a regular file and will not be replaced: choose another name")
+    try:
+        if mark and real.exists() and mark not in real.open("rb").read(4096):
+            raise UserError(f"{path} is there and is no {what}, so it will not be replaced: choose another name")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
     return real
 
 

@@ -15,6 +15,12 @@ class UserError(Exception):
     """A mistake that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
 
 
+# flags of nanoGPT and their names here
+NANOGPT = dict(block_size="seg", max_iters="steps", n_embd="width", n_layer="layers", n_head="heads", dataset="data",
+               batch_size="batch", weight_decay="decay", grad_clip="clip", out_dir="out",
+               gradient_accumulation_steps="accum", eval_iters="eval_batches", start="prompt", max_new_tokens="tokens")
+
+
 def nearest(word, words):
     """The end of an error message: the word that was probably meant, or all words that are right."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
@@ -80,8 +86,10 @@ def parse(argv, *classes):
             continue
         if name not in kinds:
             helps = {k: text for c in classes for k, text in comments(c).items()}
-            by_help = [k for k, text in helps.items() if len(name) > 3 and name.replace("_", " ") in text]
-            raise UserError(f"unknown flag --{flag}: " + (f"did you mean {' or '.join(by_help)}?" if by_help
+            meant = [NANOGPT[name]] if NANOGPT.get(name) in kinds else [k for k in kinds if k.startswith(name)]
+            meant = meant or difflib.get_close_matches(name, kinds, n=1, cutoff=0.7)
+            meant = meant or [k for k, text in helps.items() if len(name) > 3 and name.replace("_", " ") in text]
+            raise UserError(f"unknown flag --{flag}: " + (f"did you mean {' or '.join(meant)}?" if meant
                                                           else nearest(name, list(kinds))))
         if not equals:
             if not rest or rest[0].startswith("--"):

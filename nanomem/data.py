@@ -158,6 +158,7 @@ class Loader:
 class Options:
     out: str = ""                # folder for the shards
     tokenizer: str = "gpt2-4k"   # gpt2-4k, gpt2 or bytes
+    overwrite: bool = False      # replace the shards that are in this folder already
 
 
 def print_totals(out, meta):
@@ -172,9 +173,12 @@ def main(argv):
     options = Options(**flags)
     if not files or not options.out:
         raise UserError("name text files and a folder for the shards: python -m nanomem.data FILE... --out=DIR")
-    twice = [path for path in files if files.count(path) > 1]
+    real = [Path(path).resolve() for path in files]
+    twice = [path for path in files if real.count(Path(path).resolve()) > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice: it would be training and validation at once")
+    if (Path(options.out) / "meta.json").exists() and not options.overwrite:
+        raise UserError(f"{options.out} holds shards already: add --overwrite to replace them, or choose another --out")
     splits = hold_out([(Path(path).stem, read_text(path)) for path in files])
     print_totals(options.out, write_shards(options.out, tokenizer(options.tokenizer), splits))
 

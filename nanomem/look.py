@@ -26,13 +26,7 @@ LIKELIEST, BEST, PLACES = 3, 20, 12   # tokens of a prediction, tokens in the li
 
 def target(path):
     """The file that the page will replace. Raises UserError where that is a file of another kind."""
-    real = checkpoint.target(path)
-    try:
-        if real.exists() and MARK not in real.open("rb").read(200):
-            raise UserError(f"{path} is there and is no look page, so it will not be replaced: choose another name")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from None
-    return real
+    return checkpoint.target(path, MARK, "look page")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

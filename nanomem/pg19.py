@@ -196,6 +196,8 @@ def main(argv):
     o = Options(**flags)
     if words:
         raise UserError(f"pg19 takes flags only, got {words[0]}: did you mean --folder={words[0]}?")
+    if o.books < 0:
+        raise UserError(f"--books={o.books} must not be negative: 0 takes all")
     if not o.out:
         raise UserError("--out=DIR is missing: it names the folder for the shards")
     print_totals(o.out, make_shards(o.out, tokenizer(o.tokenizer), o.folder, o.url, o.books))

@@ -65,9 +65,9 @@ class Books:
 def read_text(path):
     """A text file with its line ends made LF. Raises UserError if it is not there, empty or not UTF-8."""
     if any(c in str(path) for c in "*?") and not Path(path).exists():
-        raise UserError(f"no file is like {path}: the shell has found none")
+        raise UserError(f"no file matches {path}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")     # a byte order mark is no text
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start} is {e.object[e.start]:#x}): convert it") from None
     except OSError as e:

@@ -176,7 +176,7 @@ def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings,
     bench.main(argv)
     last, before = tmp_path / "books-gpt-1" / "last.pt", contents(tmp_path)
     whole = last.read_bytes()
-    with pytest.raises(UserError, match="books-gpt-1 holds a training with --width=16, not 32: --overwrite it, or"):
+    with pytest.raises(UserError, match="books-gpt-1 holds a training with --width=16, not 32: add --overwrite"):
         bench.main([*argv, "--width=32"])
     assert last.read_bytes() == whole and contents(tmp_path) == before and len(trainings) == 1
     bench.main([*argv, "--width=32", "--overwrite"])
@@ -184,6 +184,10 @@ def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings,
     bench.main([*argv, "--width=32"])
     assert "1 of 1 results were there already: --overwrite measures them again" in capsys.readouterr().out
     bench.main([*argv, "--width=32", "--overwrite"])                   # of a model that has changed
+    path = tmp_path / "results" / "books-gpt-1.json"                   # and what was measured on the test books
+    path.write_text(path.read_text().replace('"final": false', '"final": true'))
+    with pytest.raises(UserError, match="books-gpt-1.json was measured with --final: add --overwrite"):
+        bench.main([*argv, "--width=32"])
     assert len(trainings) == 3 and bench.options([])[0].out != bench.options(["--suite=night"])[0].out
 
 
@@ -198,7 +202,7 @@ def test_results_of_other_books_are_not_taken(tmp_path, trainings):
     make("One book. ")
     bench.main(argv)
     make("Other books. ")
-    with pytest.raises(UserError, match="books-gpt-1 holds a training with other books: --overwrite it, or choose"):
+    with pytest.raises(UserError, match="books-gpt-1 holds a training with other books: add --overwrite to"):
         bench.main(argv)
     bench.main([*argv, "--overwrite"])
     assert len(trainings) == 2
@@ -379,6 +383,9 @@ def test_every_task_asks_in_training_and_in_its_tests(task, t):
     (["--models=gca/steps=2"], "unknown flag --steps"), (["--models=rmt:slots=1"], "unknown flag --slots"),
     (["--models=rmt:mem"], "settings follow a name as :field=value, got :mem"),
     (["--models=rmt:mem=x"], "takes a whole number"),
+    (["--models=rmt:seed=2"], "rmt:seed=2: seed is not a setting of one model"), (["--batch=0"], "--batch=0 is too"),
+    (["--tasks=books", "--final"], "the embedded book has no split test"), (["--upto=-1"], "--upto=-1 is too little"),
+    (["--tasks=books", "--data=recall"], "no shards in recall"),
     (["--suite=day"], "--suite=day is none of them: choose from laptop, night"),
     (["--models=gpt:seg=48", "--tasks=mqar"], "gpt:seg=48: texts of 128 tokens are not whole segments of 48")])
 def test_a_wrong_flag_is_one_sentence(argv, why):
@@ -403,6 +410,19 @@ def test_a_job_that_fails_does_not_cost_the_others(error, said, tmp_path, monkey
     assert all(f"\n| {name} " in (tmp_path / "report.md").read_text() for name in ("gpt", "rmt"))
     with pytest.raises(UserError, match=f"^recall of rmt: {said}$"):   # and nothing is no report
         bench.main([*argv, "--tasks=recall", "--models=rmt"])
+
+
+def test_a_measurement_that_fails_is_named_and_does_not_cost_the_others_of_its_training(tmp_path, shards, capsys):
+    argv = [*SMALL, "--models=gpt", "--tasks=books,passage,reach", f"--data={shards}", f"--out={tmp_path}", "--seg=64"]
+    with pytest.raises(UserError, match="not all of it could be measured: passage of gpt: a passage needs a book of"):
+        bench.main(argv)
+    assert set(contents(tmp_path)) == {"books-gpt-1", "reach-gpt-1"}
+
+
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(tmp_path, shards, trainings):
+    for end in ("", "/"):
+        bench.main([*SMALL, "--models=gpt", "--tasks=books", f"--data={shards}{end}", f"--out={tmp_path}"])
+    assert len(trainings) == 1
 
 
 def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch):

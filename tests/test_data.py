@@ -127,6 +127,8 @@ def test_text_that_cannot_be_read_is_refused(tmp_path):
 def test_line_ends_become_lf(tmp_path):
     (tmp_path / "crlf.txt").write_bytes(b"one\r\ntwo\r\n")
     assert data.read_text(tmp_path / "crlf.txt") == "one\ntwo\n"
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfone\n")                  # as some editors save a text
+    assert data.read_text(tmp_path / "bom.txt") == "one\n"
 
 
 def test_a_single_book_holds_out_its_own_end():
@@ -296,7 +298,19 @@ def test_the_command_refuses_in_one_line_with_exit_code_2(argv, why):
     assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_shards_of_another_text_are_replaced_only_when_asked(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"The book {name}.\n" * 50)
+    out, vocabulary = f"--out={tmp_path / 'shards'}", "--tokenizer=bytes"
+    assert command(tmp_path / "a.txt", out, vocabulary).returncode == 0
+    again = command(tmp_path / "b.txt", out, vocabulary)
+    assert again.returncode == 2 and "holds shards already: add --overwrite to replace them" in again.stderr
+    assert data.open_shards(tmp_path / "shards", "train").names == ["a"]
+    assert command(tmp_path / "b.txt", out, vocabulary, "--overwrite").returncode == 0
+    assert data.open_shards(tmp_path / "shards", "train").names == ["b"]
+
+
 def test_help_names_every_flag_and_what_it_does():
     done = command("--help")
     flags = [line for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert done.returncode == 0 and len(flags) == 2 and all(line[33:].strip() for line in flags), "a flag without help"
+    assert done.returncode == 0 and len(flags) == 3 and all(line[33:].strip() for line in flags), "a flag without help"

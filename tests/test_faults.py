@@ -99,7 +99,7 @@ def test_more_steps_after_the_end_say_what_they_do_to_the_learning_rate(tmp_path
     go(tmp_path, "--steps=4")
     capsys.readouterr()
     train.main([f"--out={tmp_path}", "--resume", "--steps=8"])
-    assert "note: with 8 steps in place of 4 the learning rate goes on at 77% of its peak" in capsys.readouterr().out
+    assert "note: with 8 steps the learning rate is now 77% of its peak; with 4 it was" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_contradicts_the_shards_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """sample.py: any prompt, any length, the memory kept in a file."""
 import io
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,24 @@ def test_a_memory_that_is_no_memory_is_refused(say, out, tmp_path):
     (tmp_path / "m.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match="damaged or not a memory"):
         say(f"--load-memory={tmp_path / 'm.pt'}")
+
+
+def test_a_file_that_is_no_memory_is_never_replaced(say, out, tmp_path):
+    book, last = tmp_path / "book.txt", Path(out) / "last.pt"
+    whole = last.read_bytes()
+    book.write_text("Call me Ishmael.")
+    for path, why in [(book, "is no memory, so it will not be replaced"), (last, "is no memory"),
+                      (book / "m.pt", "book.txt is a file")]:
+        with pytest.raises(UserError, match=why):
+            say("--prompt=abc", f"--save-memory={path}", "--tokens=1")
+    assert book.read_text() == "Call me Ishmael." and last.read_bytes() == whole
+    for _ in range(2):                                                     # but a memory is
+        say("--prompt=abc", f"--save-memory={tmp_path / 'm.pt'}", "--tokens=1")
+
+
+def test_what_shapes_weights_cannot_be_changed_after_training(out):
+    with pytest.raises(UserError, match="weights depend on width, which cannot be changed after training"):
+        nanomem.load(out, width=64)
 
 
 def test_a_model_that_looks_ahead_writes_no_text(tmp_path):

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
         loss, state = real(*args, **share)
         return (loss * float("nan") if len(calls) == 4 else loss), state
     monkeypatch.setattr(stream, "bptt", sick)
-    with pytest.raises(UserError, match="the loss is nan at step 3: try a lower --lr; .*last.pt is the last good"):
+    with pytest.raises(UserError, match="the loss is nan at step 3: try a lower --lr or --muon; .*last.pt is the last"):
         go(tmp_path, "--steps=6", "--eval_interval=2")
     assert last(tmp_path)["step"] == 2 and last(tmp_path)["best"] < 9
     assert all(v.isfinite().all() for v in last(tmp_path)["weights"].values())
@@ -206,6 +206,7 @@ def test_a_compiler_that_fails_is_one_warning_line(tmp_path, monkeypatch, capsys
     (["--steps=many"], "--steps takes a whole number .*, got 'many'"), (["--lr=x"], "--lr takes a number .*, got 'x'"),
     (["--steps=0"], "--steps must be at least 1, got 0"), (["--lr"], "--lr needs a value"),
     (["--mem=3", "--model=gpt"], "unknown flag --mem"), (["data/x"], "did you mean --data=data/x"),
+    (["rmt"], "did you mean --model=rmt"), (["--block_size=9"], "unknown flag --block_size: did you mean seg"),
     (["--batch=3", "--accum=2"], "--batch=3 does not split over 1 devices x 2 parts"),
     (["--device=tpu"], "no device tpu"), (["--dtype=int8"], "float32 or bfloat16"),
     (["--vocab=10"], "too small: the data has 64"), (["--width=30", "--heads=4"], "width 30"),
@@ -221,7 +222,7 @@ def test_a_checkpoint_is_never_lost(tmp_path):
     go(tmp_path, "--steps=2")
     kept = (tmp_path / "last.pt").read_bytes()
     for argv, why in [([], "holds a run already"), (["--resume", "--mem=3"], "made with --mem=-1, not 3"),
-                      (["--resume"], "has done all of its 2 steps"),
+                      (["--resume"], "has done 2 steps"),
                       (["--resume=True", "--batch=8"], "made with --batch=4, not 8"),
                       (["--resume", "--decay=0.2"], "made with --decay=0.1, not 0.2"),
                       (["--resume", "--data=needle"], "made with --data=recall, not needle")]:
