@@ -41,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def available(device):
-    """Bytes that this process can have on a device."""
+    """Bytes that this process can have on a device; on a CPU, all memory of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf

@@ -31,7 +31,7 @@ class Suite:
     read: int = 16_384           # tokens before the last measurement of cost; the longest text of needle
     seed: int = 1                # of the weights, the order of the books and the training texts
     seeds: int = 1               # how many seeds, from that one on
-    compile: bool = False        # compile both models whose training speed is compared
+    compile: bool = False        # compile both models whose training speed `cost` compares
 
 
 @dataclass
