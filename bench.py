@@ -333,10 +333,10 @@ def work(b, group, command, until):
         except Exception as error:
             error.job, failed = job, failed or error
             continue
-        more = dict(books=books_of(b, job)) if books_of(b, job) else {}
-        write_result(b.out, job, settings=settings_of(b, job), **more, command=command, torch=torch.__version__,
-                     machine=cost.machine_name(stream.machine(b.device)[0]), train_minutes=seconds / 60,
-                     minutes=(time.perf_counter() - start) / 60, measured=found)
+        books = books_of(b, job)
+        write_result(b.out, job, settings=settings_of(b, job), **(dict(books=books) if books else {}), command=command,
+                     torch=torch.__version__, machine=cost.machine_name(stream.machine(b.device)[0]),
+                     train_minutes=seconds / 60, minutes=(time.perf_counter() - start) / 60, measured=found)
     if failed:
         raise failed
 

@@ -98,7 +98,7 @@ def name_points(axes, places):
     taken.append((-np.inf, -np.inf, axes.bbox.x0 * print_points, np.inf))      # and what is left of the axis
     free = lambda box: not any(box[0] < right and left < box[2] and box[1] < high and low < box[3]
                                for left, low, right, high in taken)
-    for i in np.argsort(-xy[:, 0]):                                            # those on the right have more room
+    for i in np.argsort(-xy[:, 0]):                                            # from the right
         (x, y), wide, spots = at[i], 5.5 * len(names[i]), []
         for up in (0, -11, 11, -22, 22, -33, 33):
             away, low, high = 6 + 0.4 * abs(up), y + up - 5, y + up + 5

@@ -229,7 +229,7 @@ class GCA(GPT):
         best, top = rank.masked_fill(~seen, -torch.inf).topk(c.topk, -1)       # (B, n, k)
         real = best > -torch.inf
         score = score.gather(2, top) * (c.retrieval == "learned")              # without the noise
-        w = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1) * real    # nothing but -inf gives nan
+        w = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1) * real    # all -inf would give nan
         kv = gather(cache["bank"], top.clamp(max=c.M - 1)).to(device)
         if cache["new_bank"].size(1):
             new = gather(cache["new_bank"], (top - c.M).clamp(min=0)).to(kv.dtype)

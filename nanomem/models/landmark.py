@@ -88,9 +88,9 @@ class Attention(gpt.Attention):
         these are (B, H, T+n, k). Few queries fetch their blocks. Many would fetch more than the whole bank: they see
         all of its M blocks, and the landmarks of the others have -inf."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
-        best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                   # (B, H, T+n, k)
+        best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                  # (B, H, T+n, k)
         mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
-        cos, sin = cache["angles"]                                              # (M, D/2)
+        cos, sin = cache["angles"]                                             # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
             k = rotate(k, (cos[i][..., None, :], sin[i][..., None, :]))
@@ -138,7 +138,7 @@ class Landmark(GPT):
         c = self.c
         age = torch.arange(c.M, 0, -1, device=state["n"].device)               # (M,) 1: the newest
         angles = rope(age.clamp(max=c.topk + 1) * -c.l, c.head_dim)
-        bias = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]      # (B, 1, 1, M)
+        bias = (-1e-3 * age.log()).masked_fill(age > state["n"][:, None], -torch.inf)[:, None, None]     # (B, 1, 1, M)
         cache, picks = [], age.new_zeros(len(bias), c.heads, 0, c.topk)
         for old, bank in zip(rotate(state["landmark"], angles).unbind(1), state["bank"].unbind(1)):
             none = old[:, :, :0]                                               # (B, H, 0, D)
