@@ -230,7 +230,7 @@ def race(model, books, held_out, steps, batch, segments, rates=(1e-3, 2e-3, 4e-3
                 losses.append(sum(n for n, _ in parts) / sum(n for _, n in parts))
                 m.train()
             checked.append((step + 1, spent.tolist(), losses))
-    best = 1 + int(np.argmin(losses[1:]))
+    best = 1 + int(np.nanargmin(losses[1:]))                                       # a rate may diverge
     found = [dict(step=n, tokens=n * batch * segments * c.seg, ours=[times[0], losses[0]],
                   nanogpt=[times[best], losses[best]]) for n, times, losses in checked]
     goal, whole = losses[best], spent[best]
