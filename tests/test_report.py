@@ -166,6 +166,8 @@ def test_a_model_beats_another_on_books_or_not():
     assert "-0.500 nats a token (-0.500 to -0.500), one seed" in claims(models)
     assert "does not hold" not in claims(models)
     models["hmt"]["books"]["all"]["by_book"] = {1: [[300 * 6.0, 300], [300 * 4.0, 300]]}
+    assert "(-1.000 to +1.000), one seed | open |" in claims(models)
+    models["hmt"]["books"]["all"]["by_book"] = {1: [[300 * 6.0, 300]] * 2}
     assert "does not hold" in claims(models)
     models["hmt"]["books"]["all"]["by_book"] = {2: [[300 * 4.0, 300]] * 2}     # no seed that rmt has
     assert claims(models) == ""
