@@ -70,10 +70,8 @@ class NanoGPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    parallel = 1
-
     def scored(self):
-        return torch.ones(self.c.seg, dtype=torch.bool)
+        return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
     def forward(self, tokens, state):
         x = self.token(tokens) + self.position.weight[:tokens.size(1)]                 # (B, T, C)
@@ -155,12 +153,14 @@ def cost(model, batch, segments, after, compile=False, dtype=None):
              training_step(NanoGPT(c).to(device), batch, segments, compile=compile, muon=0, dtype=dtype)]
     ours, theirs = seconds(device, *steps, rounds=3, warm=True)
     eager = compile and device.type != "cuda"                # where tensors are counted, the compiler's are not seen
-    training_peak = peak_bytes(device, training_step(model, batch, segments, dtype=dtype) if eager else steps[0])
+    counted = training_step(model, batch, segments, dtype=dtype) if eager else steps[0]
+    counted()                                                # a first step makes the moments of the optimizers as well
+    training_peak = peak_bytes(device, counted)
 
-    text, reader = torch.randint(c.vocab, (1, max(after)), device=device), stream.Reader(model.eval())
+    after = sorted({-(-n // c.seg) * c.seg for n in after})  # in whole segments
+    text, reader = torch.randint(c.vocab, (1, max(after) + 1), device=device), stream.Reader(model.eval())
     readers, held, peaks = [], [], []
     for n in after:
-        n = n // c.seg * c.seg
         if reader.count < n:
             reader(text[:, reader.count:n])
         with torch.no_grad(), LiveBytes() as live:
@@ -205,7 +205,7 @@ def race(model, books, held_out, steps, batch, segments, rates=(1e-3, 2e-3, 4e-3
         sides.append((other, optimizers_of(other, muon=0, lr=rate), cosine))
     states, spent, checked = [m.init_state(batch) for m, _, _ in sides], np.zeros(len(sides)), []
     for step in range(steps):
-        part = loader.next().to(device)
+        part = stream.scored(loader.next().to(device), model)
         for i, (m, optimizers, part_of_peak) in enumerate(sides):
             wait()
             start = time.perf_counter()
@@ -226,7 +226,8 @@ def race(model, books, held_out, steps, batch, segments, rates=(1e-3, 2e-3, 4e-3
             for m, _, _ in sides:
                 m.eval()
                 held = Loader(held_out, batch, segments * c.seg, once=True)
-                parts = [(nll.sum().item(), (y.y >= 0).sum().item()) for y, nll, _ in stream.evaluate(m, held, 8)]
+                parts = [(nll.sum().item(), (y.y >= 0).sum().item())
+                         for y, nll, _ in stream.evaluate(m, held, 8, like=[model])]
                 losses.append(sum(n for n, _ in parts) / sum(n for _, n in parts))
                 m.train()
             checked.append((step + 1, spent.tolist(), losses))

@@ -1,6 +1,7 @@
-"""The jobs of bench.py: each has one file for its result, and several of them run side by side."""
+"""The jobs of bench.py: how each is measured, its file, what is left to do, and how several run side by side."""
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -8,24 +9,25 @@ import signal
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from . import checkpoint
+import nanomem
+from . import checkpoint, cost, data, measure, reach, stream, suites, tasks
 from .cli import UserError
+from .report import table
+from .suites import BYTES, TASKS, VOCAB
+from .variants import (SHAPE, fields_of, halves, held_out, not_scored, only_rates, parts_of, searched, size_of,
+                       training_of, untrained)
 
 
 class TimeUp(Exception):
     """The minutes that were given are over. What was begun is saved."""
-
-
-def halves(model):
-    """A model as typed -> what is trained and what is changed for the test: "gca:chunk=16/topk=8" -> "gca:chunk=16",
-    "topk=8". The path of a model's file, up to .py, is kept whole."""
-    return re.fullmatch(r"((?:.+?\.py(?=[:/]|$))?[^/]*)/?(.*)", model, re.S).groups()
 
 
 class Job(NamedTuple):
@@ -41,25 +43,76 @@ class Job(NamedTuple):
     @property
     def training(self):
         """The job for which the model is trained, itself or another one; None if this one needs no training."""
-        if self.task in ("cost", "race", "replay"):
+        if self.task in suites.UNTRAINED:
             return None
-        task = "books" if self.task in ("passage", "reach", "rates") else self.task
-        return Job(task, halves(self.model)[0], self.seed)
+        return Job("books" if self.task in suites.BOOKS else self.task, halves(self.model)[0], self.seed)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a job is measured
+
+def measure_new(b, job):
+    """What is measured of a new model."""
+    device, dtype, _ = stream.machine(b.device)
+    new = lambda vocab=VOCAB: untrained(b, job.model, vocab).to(device)
+    if job.task == "cost":
+        after = sorted({n for n in suites.READ if n < b.read} | {b.read})
+        return cost.cost(new(), b.batch, b.segments, after, b.compile, dtype)
+    if job.task == "replay":
+        return cost.replay(new(), suites.REPLAY_SEGMENTS)
+    books, others = (data.open_books(b.data, split, BYTES["tokenizer"]) for split in ("train", held_out(b, job.task)))
+    model = new(-(-books.enc.n_vocab // 64) * 64)
+    return cost.race(model, books, others, b.steps, b.batch, b.segments, dtype=dtype)
+
+
+def measure_trained(b, job, saved, tried):
+    """What is measured of a model, given its checkpoint and the losses with the learning rates that were tried."""
+    if job.task == "rates":
+        return tried
+    device, (_, changed) = stream.machine(b.device)[0], fields_of(job.model)
+    last = Path(b.out) / str(job.training) / "last.pt"
+    load = lambda **more: nanomem.load(last, **{**changed, **more})[0].to(device).eval()
+    model = load()
+    if job.task in TASKS:
+        t, found = TASKS[job.task], []
+        for T, test in t.tests_for(parts_of(job.model)[0], b.read).items():
+            sized = load(**model.for_length(T)) if t.long_texts else model
+            texts = max(t.fewest, t.texts * min(t.tests) // T)
+            found += measure.accuracy(sized, test, T, texts, t.batch, t.edges)
+        return found
+    open_books = lambda split: data.open_books(b.data, split, saved["run"]["tokenizer"])
+    books = open_books(held_out(b, job.task))
+    if job.task == "passage":
+        return measure.passage(model, books)
+    if job.task == "reach":
+        return reach.reach(model, books)
+    like = [untrained(b, other).to(device) for other in not_scored(b)]
+    return dict(measure.loss_by_position(model, books, suites.POSITIONS, 4 * b.batch, b.upto, b.interleave, like=like,
+                                         segments=b.segments, interleave_len=b.interleave_len,
+                                         training=open_books("train")), search=tried)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its file
 
 def file_of(out, job):
     return Path(out) / "results" / f"{job}.json"
 
 
-def read_result(out, job, settings, books=None):
+def content_of(path):
+    """The content of a result file; {} if there is none, or one that is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def read_result(out, job, settings, **books):
     """The content of the job's file; None if there is none, or one of other settings or of other books, as far as it
     says which."""
-    try:
-        found = json.loads(file_of(out, job).read_text())
-        same = found["model"] == job.model and found["settings"] == settings
-        return found if same and (books is None or found.get("books", books) == books) else None
-    except (OSError, ValueError, KeyError):
-        return None
+    found = content_of(file_of(out, job))
+    same = (found.get("model"), found.get("settings")) == (job.model, settings)
+    return found if same and all(found.get(k, v) == v for k, v in books.items()) else None
 
 
 def write_result(out, job, **content):
@@ -68,6 +121,57 @@ def write_result(out, job, **content):
     text = "{" + ",\n ".join(lines) + "}\n"
     checkpoint.write_whole(file_of(out, job), lambda scratch: scratch.write_text(text))
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left to do
+
+def relative_speeds(folder):
+    """{model: its training speed over that of gpt}, from the results of cost in a folder."""
+    found = {}
+    for one in map(content_of, Path(folder).glob("cost-*.json")):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            found[one["model"]] = float(one["measured"]["training_tokens_per_s"])
+    return {model: speed / found["gpt"] for model, speed in found.items() if "gpt" in found}
+
+
+@cache
+def vocab_of(folder):
+    """The size of the vocabulary of the books."""
+    return data.open_books(folder, "train", BYTES["tokenizer"]).enc.n_vocab
+
+
+def plan(b, groups):
+    """Print what is left to do, in order: parameters, training tokens, and minutes of training where they can be known:
+    on books, from --speed and from how fast a model was in an earlier `cost`, compared with gpt."""
+    here, ours = Path(b.out) / "results", Path(__file__).parents[1] / ".github" / "results"
+    folder = here if any(here.glob("cost-gpt-*")) else ours
+    speeds, rows, all_tokens, all_minutes = relative_speeds(folder), [], 0, 0.0
+    for group in groups:
+        model, training, cells = group[0].model, group[0].training, []
+        if training:
+            made = training_of(b, training)
+            needed = [*searched(b, training).values(), *([] if only_rates(group) else [b])]
+            tokens = sum(math.prod(int(training_of(one, training)[k]) for k in ("steps", "batch", "segments", "seg"))
+                         for one in needed)
+            on_task = tasks.is_task(made["data"])
+            vocab = tasks.vocab_of(made["data"]) if on_task else vocab_of(b.data)
+            shape = {k: int(made[k]) for k in (*SHAPE, "mlp") if k in made}
+            size = size_of(made["model"], **{"vocab": -(-vocab // 64) * 64, **shape, **fields_of(training.model)[0]})
+            cells, all_tokens = [f"{size / 1e6:.2f}M", f"{tokens / 1e6:.2f}M"], all_tokens + tokens
+            if b.speed and not on_task and model in speeds:
+                minutes = tokens / b.speed / speeds[model] / 60
+                cells, all_minutes = [*cells, f"{minutes:.0f}"], all_minutes + minutes
+        rows.append([f"{', '.join(job.task for job in group)} of {model}", group[0].seed, *cells])
+    print(table(["what", "seed", "parameters", "training tokens", "minutes"], rows))
+    print(f"\n{len(rows)} are left, with {all_tokens / 1e6:,.1f}M training tokens.")
+    if all_minutes:
+        print(f"The trainings on books need {all_minutes:,.0f} minutes, {math.ceil(all_minutes / 10)} pieces of "
+              f"--minutes=10, if the models are as fast beside gpt as in {os.path.relpath(folder)}. What is measured "
+              "after a training, and the small trainings on tasks, come on top.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Side by side
 
 def begin_process():
     """A process among others: one thread and no bar. Ctrl-C is for train.py, which saves first."""
@@ -103,11 +207,19 @@ def describe(error):
     return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))
 
 
-def relative_speeds(folder):
-    """{model: its training speed over that of gpt}, from the results of cost in a folder."""
-    found = {}
-    for path in Path(folder).glob("cost-*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            one = json.loads(path.read_text())
-            found[one["model"]] = float(one["measured"]["training_tokens_per_s"])
-    return {model: speed / found["gpt"] for model, speed in found.items() if "gpt" in found}
+def run_groups(work, b, groups, *more):
+    """work(b, group, *more) for each group of jobs, several side by side. Returns what failed, a line each."""
+    n = b.jobs or (torch.get_num_threads() if stream.machine(b.device)[0].type == "cpu" else 1)
+    calls, alone = [(b, group, *more) for group in groups], []
+    if n > 1:                                                            # what is timed is alone on the machine
+        calls, alone = ([call for call in calls if bool(call[1][0].training) == side] for side in (True, False))
+    failed = []
+    with tqdm(total=len(groups), unit="job", disable=not groups) as bar:
+        for (_, group, *_), error in chain(run_all(work, calls, n), run_all(work, alone, 1)):
+            if error and not isinstance(error, TimeUp):
+                (said, where), job = describe(error), getattr(error, "job", group[0])
+                failed.append(f"{job.task} of {job.model}: {said}")
+                bar.write(f"warning: {failed[-1]}\n{where}", sys.stderr)
+            bar.set_description(group[-1].model)
+            bar.update(not isinstance(error, TimeUp))
+    return failed

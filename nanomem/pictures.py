@@ -25,14 +25,14 @@ def figure(path, width, height, columns=1):
         pyplot.close(fig)
 
 
-def heat_map(path, title, models, columns, values, label, xlabel, log=False, ends=None):
+def heat_map(path, title, models, columns, values, label, xlabel, ends, log=False):
     """A cell for each model and column. values: {model: a number for each column, None where there is none}; label
-    makes a number the text of its cell. The colours are even in the values, or in their logarithms, from the lowest to
-    the highest or between the `ends`."""
+    makes a number the text of its cell. The colours are even in the values, or in their logarithms, between the
+    `ends`."""
     grid = np.array([[np.nan if v is None else v for v in values[model]] for model in models], float)
     with np.errstate(divide="ignore"):
         shade = np.where(grid > 0, np.log10(grid), np.nan) if log else grid
-    low, high = ends or (np.nanmin(shade, initial=np.inf), np.nanmax(shade, initial=-np.inf))
+    low, high = ends
     with figure(path, 0.5 + 0.08 * max(map(len, models)) + 0.62 * len(columns), 1.1 + 0.27 * len(models)) as axes:
         axes.imshow(shade, cmap="cividis", aspect="auto", vmin=low, vmax=high)
         for (i, j), v in np.ndenumerate(grid):
@@ -65,7 +65,7 @@ def lines(path, title, columns, series, xlabel, ylabel):
     with figure(path, 8.6, 4.2) as axes:
         x, ends = np.arange(len(columns)), [s[-1][0] for s in series.values()]
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
-        every = np.array([s for s in series.values()])
+        every = np.array(list(series.values()))
         span = max(every.max(), 0) - min(every.min(), 0)
         for (name, s), color, place in zip(series.items(), COLORS, apart(ends, 0.06 * span)):
             value, low, high = np.transpose(s)

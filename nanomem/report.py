@@ -128,7 +128,9 @@ def first_table(models):
         if cost:
             cells["train tok/s"] = f"{cost['training_tokens_per_s'] / 1e3:.1f}k"
             cells["ms/token"] = f"{cost['reading'][-1]['decode_ms']:.2f}"
-    columns = max(rows.values(), key=len)
+    left, right = ("params", "loss", "- gpt"), ("state", "train tok/s", "ms/token")
+    found = dict.fromkeys(column for cells in rows.values() for column in cells)
+    columns = [c for c in (*left, *(c for c in found if c not in left + right), *right) if c in found]
     if not columns:
         return None
     meaning = dict(loss="nats a token on held-out books, and minus gpt's with the same seeds (- gpt)",

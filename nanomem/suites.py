@@ -1,4 +1,4 @@
-"""What bench.py trains and measures: the sizes and rates of a suite, and the tasks with their models. Only data."""
+"""What bench.py trains and measures: the sizes and rates of a suite, and the tasks with their models."""
 import math
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +12,7 @@ REPLAY_SEGMENTS = (2, 4, 8, 16, 32)                              # K, segments t
 @dataclass
 class Suite:
     tasks: str = "recall,cost"   # which, with commas between them, or all
-    models: str = ""             # which (see above), or all; without it those that the task was made for, or all
+    models: str = ""             # which, or all; without it those that the task was made for, or all
     layers: int = 2              # of the models that read books, and of those whose cost is measured
     heads: int = 2               # attention heads
     width: int = 64              # channels
@@ -147,8 +147,11 @@ TASKS["noise"] = replace(
     TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",
     train=dict(TASKS["mqar"].train, data="mqar:pairs=16:noise=yes"), tests={128: "mqar:pairs=16:noise=yes"})
 
+BOOKS = ("books", "passage", "reach", "rates")                   # measured of the model that was trained on books
+UNTRAINED = dict(cost=(), race=("gpt",), replay=("memformer",))  # of a new model -> the models it was made for, or all
+ON_BOOKS = (*BOOKS, "race")                                      # what cannot be done without the books
+ORDER = (*BOOKS, *TASKS, *UNTRAINED)                             # of the report
 FIRST = ("gpt", "window", "full")   # what says most is done first: no memory, a short one that is exact, a long one
-ORDER = ("books", "passage", "reach", "rates", *TASKS, "cost", "race", "replay")   # of the report
 
 SUITES = dict(
     laptop={},   # the defaults

@@ -20,6 +20,7 @@ import train
 from nanomem import checkpoint, cost, data, jobs, measure, pictures, stream, suites, tasks
 from nanomem.cli import UserError
 from nanomem.jobs import Job
+from nanomem.variants import untrained
 
 SMALL = ["--steps=2", "--task_steps=2", "--layers=1", "--heads=2", "--width=16", "--seg=16", "--batch=2",
          "--segments=2", "--read=2048", "--jobs=1"]
@@ -165,9 +166,14 @@ def test_a_file_that_is_damaged_or_of_other_settings_is_measured_again(tmp_path,
     bench.main([*argv, "--upto=64"])                                   # measured anew with the same training
     assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
     path = tmp_path / "results" / "books-gpt-1.json"
-    path.write_text(path.read_text()[:100])
-    bench.main([*argv, "--upto=64"])
-    assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
+    for damaged in (path.read_text()[:100], "[]"):
+        path.write_text(damaged)
+        bench.main([*argv, "--upto=64"])
+        assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
+    path.unlink()
+    (tmp_path / "books-gpt-1" / "last.pt").write_bytes(b"of another version")      # of worth to somebody
+    with pytest.raises(UserError, match="last.pt is damaged or not a checkpoint.*; or add --overwrite to train again"):
+        bench.main([*argv, "--upto=64"])
 
 
 def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings, capsys):
@@ -287,9 +293,9 @@ def test_a_rate_at_which_training_diverges_costs_nothing_else(tmp_path, shards, 
 def test_equal_models_have_as_many_parameters_as_gpt(name):
     b = bench.Bench(layers=4, heads=4, width=128, seg=64)
     with torch.device("meta"):
-        size = lambda model: measure.parameters(bench.untrained(b, model))
+        size = lambda model: measure.parameters(untrained(b, model))
         assert abs(size(name) / size("gpt") - 1) < 0.03
-        assert bench.untrained(b, f"{name}:mlp=64").c.mlp == 64
+        assert untrained(b, f"{name}:mlp=64").c.mlp == 64
 
 
 def test_names_with_spaces_and_none_mean_all():
@@ -378,6 +384,8 @@ def test_every_task_asks_in_training_and_in_its_tests(task, t):
     (["--search=1,x"], "--search=1,x is no list of numbers"), (["--search=0,1"], "--search=0,1 is no list of number"),
     (["--tasks=rates", "--search=1", "--models=rmt:lr=1e-3"], "nothing to do: --tasks=rates is for models without a"),
     (["--seeds=0"], "--seeds=0 is too little: at least 1"), (["--jobs=-1"], "--jobs=-1 is too little: at least 0"),
+    (["--minutes=-1"], "--minutes=-1 is too little: at least 0"), (["--tasks=,"], "--tasks=, is none of them"),
+    (["--models=gpt:seg=0"], "gpt:seg=0: texts of 32 tokens are not whole segments of 0"),
     (["--read=10"], "--read=10 is too little: at least 2048"), (["--step=3"], "unknown flag --step: did you mean step"),
     (["gpt"], "takes only flags"), (["--models=gca/topp=2"], "unknown flag --topp: did you mean topk"),
     (["--models=gca/steps=2"], "unknown flag --steps"), (["--models=rmt:slots=1"], "unknown flag --slots"),

@@ -37,6 +37,7 @@ def test_nanogpts_model_is_as_large_as_gpt():
     assert other(torch.zeros(2, c.seg, dtype=torch.long), {})[0].shape == (2, c.seg, c.vocab)
     n = parameters(gpt)
     assert abs(n - gpt.head.weight.numel() - parameters(other)) < 0.05 * n      # it ties its head
+    assert other.to("meta").scored().device.type == "meta"
 
 
 def test_what_is_held_does_not_grow_with_the_text():
@@ -45,6 +46,7 @@ def test_what_is_held_does_not_grow_with_the_text():
     assert (few["after"], many["after"]) == (64, 512) and few["held"] == many["held"] > 0
     assert found["state_bytes"] > 0 and found["speed_over_nanogpt"] > 0 and found["decode_growth"] > 0
     assert cost.cost(tiny("gpt", seg=16), 2, 2, (64,))["state_bytes"] == 0
+    assert [x["after"] for x in cost.cost(tiny("gpt", seg=48), 1, 1, (16, 32, 64))["reading"]] == [48, 96]
     assert 0 < found["share_of_product"] < 1.5 and found["training_peak"] > 4 * found["parameters"]
 
 

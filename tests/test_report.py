@@ -106,6 +106,9 @@ def test_a_model_that_was_not_measured_leaves_a_gap():
     text = report.first_table(dict(gpt=dict(books=books(5.5)), xl=dict(cost=cost(), books=books(5.0)), rmt={}))
     gpt, xl = text.splitlines()[-2:]
     assert gpt.startswith("| gpt ") and xl.startswith("| xl ") and "12.3k" in xl and gpt.count("|") == xl.count("|")
+    text = report.first_table(dict(gpt=dict(books=books(5.5)), xl=dict(cost=cost())))       # each has its own columns
+    assert [c.strip() for c in text.splitlines()[-4].split("|")[1:-1]] == [
+        "model", "params", "loss", "- gpt", "state", "train tok/s", "ms/token"]
     assert report.first_table(dict(gpt=dict(retain=[]))) is None and report.tables(dict(gpt={}), {}) == ""
 
 
@@ -216,6 +219,7 @@ def test_replay_stands_beside_the_paper():
     assert "0.40x the bytes, 1.15x the time" in claims(models) and "does not hold" not in claims(models)
     ways["replay"][1]["time_over_bptt"] = 1.5
     assert "does not hold" in claims(models)
+    assert claims(dict(gpt=dict(replay=ways))) == ""                             # memformer's claim, not gpt's
     assert report.replay_table({}) == []
 
 
