@@ -131,7 +131,7 @@ def test_the_upper_layers_are_a_loop_over_groups_each_of_which_retrieves_anew():
     x[:, at[:, :M].flatten()], x[:, at[:, M]] = model.embed(tokens), model.landmark
     x, _ = model.blocks[0](x, angles)
     key, kv = model.encode(x[:, at])
-    cache, asks = dict(model.read(state), new_key=key, new_bank=kv), []
+    cache, asks = dict(model.read(state), key=torch.cat([state["key"], key], 1), new=kv), []
     for g, (block, cross) in enumerate(zip(model.blocks[1:], model.cross)):
         asks.append(norm(x[:, at[:, M]]) * model.gain[g])
         ask = torch.cat([state["ask"][:, g, None], asks[g][:, :-1]], 1)        # chunk t reads what chunk t - 1 asks

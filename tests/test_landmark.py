@@ -94,13 +94,13 @@ def test_each_query_and_head_gets_the_k_best_blocks_fetched_or_from_the_whole_ba
     cache = model.read(memory(model, n))[0]
     q = torch.randn(2, 2, 6, D)
     mark, far, v, picks = model.blocks[0].attention.retrieve(q, cache)         # 18 picks: the whole bank
-    assert mark.shape == (2, 2, 6, 10) and far.shape == (2, 2, 6, 10, L) and v.shape == (2, 2, 10 * L, D)
+    assert mark.shape == (2, 2, 6, 10) and far.shape == (2, 2, 6, 10, L) and v.shape == (2, 2, 1, 10 * L, D)
     kept = min(n, 10)
     for t in range(6):
         few_mark, few, own, same = model.blocks[0].attention.retrieve(q[:, :, t:t + 1], cache)   # 3 picks: fetched
         assert few_mark.shape == (2, 2, 1, k) and few.shape == (2, 2, 1, k, L) and own.shape == (2, 2, 1, k * L, D)
         answer = torch.einsum("bhtp,bhtpd->bhtd", share_out(few_mark.exp(), few), own)[:, :, 0]
-        assert close(answer, share_out(mark.exp(), far)[:, :, t:t + 1].matmul(v)[:, :, 0], 1e-5)
+        assert close(answer, share_out(mark.exp(), far)[:, :, t:t + 1].matmul(v[:, :, 0])[:, :, 0], 1e-5)
         for b in range(2):
             for h in range(2):
                 score = cache["old"][b, h] @ q[b, h, t]

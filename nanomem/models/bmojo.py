@@ -1,7 +1,7 @@
 """B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that surprised it.
 
     u inputs of a layer, raw tokens     y outputs of its state space, fading tokens
-    M eidetic tokens     W tokens in the attention window and in a chunk: the paper's w
+    M eidetic tokens     W tokens in the attention window (itself counts, unlike in xl) and in a chunk: the paper's w
 """
 import re
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SPAN = 3   # outputs whose mean predicts the next one, k of algorithm 1
 @dataclass
 class Config(mamba.Config):
     mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
-    window: int = -1             # W, raw tokens seen, itself included; -1: a quarter of a segment; 0: no past, GPT
+    window: int = -1             # W, raw tokens seen, its own too; -1: a quarter of a segment; 0: no past, GPT
     eidetic: int = -1            # M, tokens kept, those of most surprise so far; -1: as many as W
     fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the W before the window
     rope: bool = True            # positions, counted within two windows; the paper has none
@@ -72,15 +72,14 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """The memory where a text begins: empty places for all tokens. Position and innovation say which are there."""
-        empty = lambda tokens: zeros(tokens, 2, self.c.heads, self.c.head_dim)
-        last = lambda: zeros(1, self.c.heads, self.c.head_dim)
-        memory = dict(window=empty(self.c.past), last_key=last())
+        """The memory where a text begins: empty places for all tokens. A position of -1 says that none is there."""
+        c, shape = self.c, (self.c.heads, self.c.head_dim)
+        memory = dict(window=zeros(c.past, 2, *shape), last_key=zeros(1, *shape))
         if self.fading:
-            memory.update(fading=empty(2 * self.c.W), last_fading_key=last())
+            memory.update(fading=zeros(2 * c.W, 2, *shape), last_fading_key=zeros(1, *shape))
         if self.M:
-            memory.update(eidetic=empty(self.M), innovation=zeros(self.M) - 1, position=zeros(self.M).long(),
-                          outputs=zeros(SPAN, self.c.width))
+            memory.update(eidetic=zeros(self.M, 2, *shape), innovation=zeros(self.M) - 1,
+                          position=zeros(self.M).long() - 1, outputs=zeros(SPAN, c.width))
         return memory
 
     def keys_values(self, x, last, t):
@@ -108,10 +107,8 @@ class Attention(gpt.Attention):
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
             new.update(innovation=eps if fixed is None else fixed, position=t)
         begun = memory["window"].size(1) - self.c.past                         # tokens of the open chunk so far
-        borders = [0, *range(W - begun, T, W), T]                              # where chunks begin in this call
-        sizes = [right - left for left, right in zip(borders, borders[1:])]
-        chunks = [x.split(sizes, 1) for x in (q, t, *new.values())]
-        for q, t, *parts in zip(*chunks):
+        cuts = tuple(range(W - begun, T, W))                                   # where chunks begin in this call
+        for q, t, *parts in zip(*(x.tensor_split(cuts, 1) for x in (q, t, *new.values()))):
             for name, x in zip(new, parts):
                 memory[name] = torch.cat([memory[name], x], 1)
             out.append(self.attend_chunk(q, t, memory))
@@ -130,12 +127,12 @@ class Attention(gpt.Attention):
         if self.fading:
             offset = torch.arange(-2 * W, 0, device=device)
             p = s + offset
-            mask = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (p >= s - self.fading) & (p <= t)
+            mask = (p > t - 2 * W) & (p <= t - W) if self.fading < 0 else (offset >= -self.fading).expand(1, T, -1)
             seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
-            p, eps = memory["position"][:, None, :M], memory["innovation"][:, None, :M]              # (B, 1, M)
-            offset = torch.full((M,), -W, device=device)                       # their own grows with the text
-            seen.append((memory["eidetic"], offset, (p <= t - W) & (eps >= 0)))
+            p = memory["position"][:, None, :M]                                # (B, 1, M)
+            offset = torch.full((M,), -W, device=device)                       # as far as fading ones: p - s has no end
+            seen.append((memory["eidetic"], offset, (p <= t - W) & (p >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
         q = norm(q.transpose(1, 2))                                            # (B, H, T, D)
@@ -150,13 +147,12 @@ class Attention(gpt.Attention):
         """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
         the M largest innovations of those kept so far and those of the chunk."""
         W, window, memory = self.c.W, memory["window"], dict(memory)
-        if "seen" in memory:
-            kept = memory["position"][:, :self.M].masked_fill(memory["innovation"][:, :self.M] < 0, -1)
-            memory["seen"] = torch.cat([memory["seen"], kept[:, None]], 1)     # (B, chunks, M) for `retrieved`
         memory["window"] = window[:, W:]
         if self.fading:
             memory["fading"] = memory["fading"][:, W:]
         if self.M:
+            kept = memory["position"][:, None, :self.M]                        # (B, 1, M)
+            memory["seen"] = torch.cat([memory.get("seen", kept[:, :0]), kept], 1)     # (B, chunks, M) for `retrieved`
             memory["innovation"], best = memory["innovation"].topk(self.M, 1)  # (B, M)
             memory["position"] = memory["position"].gather(1, best)
             candidates = torch.cat([memory["eidetic"], window[:, self.c.past:]], 1)                  # (B, M+W, 2, H, D)
@@ -209,10 +205,11 @@ class BMojo(Mamba):
     write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
     departs  Mamba-2 for Mamba-1 (see mamba); each token sees W fading tokens, as in the authors' later code (algorithm
-             1 has one, appendix B.2 leaves it open); the paper leaves open how many y^ averages (here k = 3) and what
-             error is (here Euclidean distance); RoPE within two windows (paper: none); no raw token is seen twice; a
-             key knows the token before it, as in all our models, so that an eidetic token can say what followed; the
-             convolution is the state space's alone; gradient goes into earlier segments
+             1 has one, appendix B.2 leaves it open); the paper leaves open how many y^ averages (here k = 3), what
+             error is (here Euclidean distance), and whether raw and fading tokens share projections (here they do);
+             RoPE within two windows (paper: none); no raw token is seen twice; a key knows the token before it, as in
+             all our models, so that an eidetic token can say what followed; the convolution is the state space's alone;
+             gradient goes into earlier segments
     """
     Config = Config
 
@@ -234,11 +231,7 @@ class BMojo(Mamba):
         return dict(super().init_state(B), n=torch.zeros(B, dtype=torch.long, device=self.head.weight.device))
 
     def read(self, state):
-        layers = super().read(state)
-        for memory in layers:
-            if "position" in memory:
-                memory["seen"] = memory["position"][:, None][:, :0]            # what the chunks of this segment saw
-        return state["n"], layers
+        return state["n"], super().read(state)
 
     def extend(self, tokens, cache):
         n, layers = cache
@@ -250,6 +243,11 @@ class BMojo(Mamba):
             now.append(memory)
         return self.head(norm(x)), (n + T, now)                                # (B, T, V)
 
+    def write(self, cache, state):
+        n, layers = cache
+        layers = [{name: x for name, x in memory.items() if name != "seen"} for memory in layers]
+        return dict(super().write(layers, state), n=n.clone())
+
     def retrieved(self, cache):
         """For each token of a full segment the eidetic tokens that it could see in all layers, as spans of text of one
         token (B, T, L M, 2), -1 for none. Their weights are not known: nan (B, T, L M)."""
@@ -259,10 +257,5 @@ class BMojo(Mamba):
             return None
         p = torch.cat(seen, 2).repeat_interleave(self.c.W, 1)                  # (B, T, L M)
         t = n[:, None, None] - torch.arange(p.size(1), 0, -1, device=n.device)[:, None]
-        p = torch.where(p <= t - self.c.W, p, -1)
-        return torch.stack([p, torch.where(p >= 0, p + 1, -1)], 3), torch.full(p.shape, torch.nan, device=n.device)
-
-    def write(self, cache, state):
-        n, layers = cache
-        layers = [{name: x for name, x in memory.items() if name != "seen"} for memory in layers]
-        return dict(super().write(layers, state), n=n.clone())
+        p = p.where(p <= t - self.c.W, -1)
+        return torch.stack([p, p + (p >= 0)], 3), torch.full(p.shape, torch.nan, device=n.device)

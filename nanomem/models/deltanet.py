@@ -82,12 +82,12 @@ class Memory(nn.Module):
             qkv, memory["conv"] = short_conv(qkv, memory["conv"], self.taps)
         q, k, v = F.silu(qkv).split([c.heads * c.N, c.heads * c.N, c.width], 2)
         q, k, v = (split_heads(z, c.heads) for z in (q, k, v))                 # (B, H, T, N) q and k, (B, H, T, D) v
-        b = self.b(x)                                                          # (B, T, H)
-        a = self.dt(x) if c.rule != "delta" else torch.zeros_like(b)
+        b, dt = self.b(x), self.dt(x) if c.rule != "delta" else None           # (B, T, H) both
         with full_precision(x):                                                # decays need all digits of float32
-            q, k, v, a, b, h = (z.type_as(self.out.weight) for z in (q, k, v, a, b, memory["matrix"]))
+            q, k, v, b, h = (z.type_as(self.out.weight) for z in (q, k, v, b, memory["matrix"]))
+            a = torch.zeros_like(b)                                            # rule=delta: nothing fades
             if c.rule != "delta":
-                a = F.logsigmoid(-a - self.dt_bias) * self.log_A.exp()         # -A softplus(dt)
+                a = F.logsigmoid(-dt.type_as(b) - self.dt_bias) * self.log_A.exp()       # -A softplus(dt)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)              # of length 1
             o, memory["matrix"] = delta_rule(q, k, v, a.mT, b.sigmoid().mT, h, correct=c.rule != "gated")
         o = norm(o).transpose(1, 2).flatten(2).type_as(x)                      # (B, T, C)
@@ -122,7 +122,7 @@ class DeltaNet(Mamba):
     write    h_t = exp(a_t) h_{t-1} + u_t k_t^T at every token: the end of a segment changes nothing
     paper    Gated DeltaNet 2412.06464: eq. 10 (rule), section 3.3 (chunks), section 3.4 (block); rule=delta is DeltaNet
              2406.06484; rule=gated is gated linear attention (in the paper's terms Mamba-2), with b_t in front of v_t
-    departs  one inner width C, keys and values of one head equally wide (paper: values twice as wide as keys); decays
+    departs  one inner width C, keys as wide as values, unless `state` says otherwise (paper: half as wide); decays
              start as in mamba, for short training; the convolution is added to its input; no weights in the norm of o,
              which `out` can learn; q is not scaled by N^-1/2, since o has a norm; an MLP follows, so that a layer has
              the size of GPT's

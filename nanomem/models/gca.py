@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import gpt
-from .gpt import GPT, Block, full_precision, norm, rope, rotate
-from .xl import WindowAttention, window_mask
+from .gpt import GPT, Block, full_precision, norm, rope
+from .xl import WindowAttention, newest, window_mask
 
 
 @dataclass
@@ -78,7 +78,7 @@ class CrossAttention(nn.Module):
         k, v = kv.type_as(q).chunk(2, -1)                                      # (B, n, k, H, m, D)
         q = q[:, :, None].expand(-1, -1, kv.size(2), -1, -1, -1)               # (B, n, k, H, u, D)
         y = F.scaled_dot_product_attention(*(z.flatten(0, 2) for z in (q, k, v))).unflatten(0, w.shape)
-        y = torch.einsum("bnk,bnkhud->bnuhd", w.type_as(y), y)                 # a = sum_j w_j o_j
+        y = torch.einsum("bnk,bnkhud->bnuhd", w.type_as(y), y)                 # w mixes the k answers
         return self.out(y.flatten(3))
 
 
@@ -96,8 +96,9 @@ class GCA(GPT):
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
              all retrieval goes, do not start at zero; 4 chunks and a window of 4 (code: 8 and 8), and no sink, which
-             its runs on books have; the Gumbel noise that explores in training is a function of the two chunks'
-             numbers; a question outlives its segment (in the code the first chunk of a segment finds nothing)
+             its runs on books have; a chunk goes when M newer ones are there (paper: all stay); the Gumbel noise that
+             explores in training is a function of the two chunks' numbers; a question outlives its segment (in the code
+             the first chunk of a segment finds nothing)
     """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
@@ -112,7 +113,7 @@ class GCA(GPT):
         for module in (self.encoder, self.kv, self.cross):
             module.apply(self.init)
         for block in self.blocks[c.lower:]:
-            nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
+            nn.init.normal_(block.mlp.out.weight, std=(2 * c.layers * c.hidden) ** -0.5)
 
     def for_length(self, T):
         """A bank for the whole text; and segments of up to 1,024 tokens, which give the same logits and copy the bank
@@ -121,33 +122,29 @@ class GCA(GPT):
         return dict(bank=T // self.c.m, chunk=self.c.m, seg=n * self.c.seg)
 
     def init_state(self, B):
-        c, like = self.c, self.head.weight
-        zeros = lambda *shape, device=like.device: torch.zeros(B, *shape, device=device)
-        return dict(key=zeros(c.M, c.width),
-                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, device="cpu" if c.host else like.device),
-                    n=zeros().long(), ask=zeros(c.groups, c.width),
+        c, here = self.c, self.head.weight.device
+        zeros = lambda *shape, device=here: torch.zeros(B, *shape, device=device)
+        return dict(key=zeros(c.M, c.width), n=zeros().long(), ask=zeros(c.groups, c.width),
+                    bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, device="cpu" if c.host else here),
                     near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
 
     def read(self, state):
-        """A segment begins: the state, and of this segment the keys and the bank entries of its chunks, the open chunk
-        as the lower layers put it out, and what was found for it and for the others."""
-        c, B = self.c, len(state["n"])
-        empty = state["ask"].new_zeros
+        """A segment begins: the state, to whose keys those of the segment's chunks will be added; their bank entries
+        (new); the open chunk as the lower layers put it out; what was found for it (found) and for the others."""
+        c, B, empty = self.c, len(state["n"]), state["ask"].new_zeros
         near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W+1, D)
-        return dict(state, near=near,
-                    new_key=empty(B, 0, c.width), new_bank=empty(B, 0, c.heads, c.m, 2 * c.head_dim),
-                    open=empty(B, 0, c.width), found=[],
-                    picks=empty(B, 0, c.groups, c.topk).long(), weights=empty(B, 0, c.groups, c.topk))
+        return dict(state, near=near, new=empty(B, 0, c.heads, c.m, 2 * c.head_dim), open=empty(B, 0, c.width),
+                    found=[], picks=empty(B, 0, c.groups, c.topk).long(), weights=empty(B, 0, c.groups, c.topk))
 
     def extend(self, tokens, cache):
-        """Whole chunks go side by side. A chunk that is open, or that stays open, goes alone."""
-        m, logits = self.c.m if self.c.topk else self.c.seg, []
-        while tokens.size(1):
-            left = m - cache["open"].size(1)
-            whole = tokens.size(1) // m * m if left == m else 0
-            part, tokens = tokens.tensor_split([whole or min(left, tokens.size(1))], 1)
-            x, cache = self.chunks(self.embed(part).unflatten(1, (max(1, whole // m), -1)), cache)
-            logits.append(self.head(x))
+        """First the tokens that fill up an open chunk; then whole chunks, side by side; then the next open chunk."""
+        m, T, logits = self.c.m if self.c.topk else self.c.seg, tokens.size(1), []
+        fill = min(T, -cache["open"].size(1) % m)
+        sizes = [fill, (T - fill) // m * m, (T - fill) % m]
+        for part, n in zip(tokens.split(sizes, 1), (1, sizes[1] // m, 1)):
+            if part.size(1):
+                x, cache = self.chunks(self.embed(part).unflatten(1, (n, -1)), cache)
+                logits.append(self.head(x))
         return torch.cat(logits, 1), cache
 
     def chunks(self, x, cache):
@@ -156,26 +153,27 @@ class GCA(GPT):
         full = c.topk > 0 and cache["open"].size(1) + u == c.m
         if full:
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
-        x = x.flatten(1, 2)                                                    # (B, T, C)
-        P, T = cache["near"][0][0].size(2), x.size(1)
-        angles = rope(torch.arange(P, P + T, device=x.device), c.head_dim)
-        mask, near = self.mask(cache["n"], P, T), []
+        by_chunk = lambda x: x.unflatten(1, (n, -1))                           # (B, R, C) -> (B, n, u or u+1, C)
+        x, near = x.flatten(1, 2), []                                          # (B, R, C): landmarks are positions, too
+        P, R = cache["near"][0][0].size(2), x.size(1)
+        A = max(d for d in range(1, max(c.W // 2, c.U) + 1) if R % d == 0)     # queries that share a block of the mask
+        mask = window_mask(c.kept - cache["n"] * c.U, P, R, c.W, A) if c.W else None
+        angles = rope(torch.arange(P, P + R, device=x.device), c.head_dim)
         for block, past in zip(self.blocks[:c.lower], cache["near"]):          # the lower layers
             x, kv = block(x, angles, past, mask)
             near.append(kv)
         if not c.topk:
             return norm(x), dict(cache, near=near)
 
-        first = cache["new_key"].size(1)                                       # chunks of this segment before x
+        first = cache["new"].size(1)                                           # chunks of this call before x
         h = torch.cat([cache["open"], x], 1)                                   # what the lower layers put out
         cache["open"] = h[:, :0] if full else h
         if full:
-            key, kv = self.encode(h.unflatten(1, (n, -1)))
-            cache["new_key"] = torch.cat([cache["new_key"], key], 1)
-            cache["new_bank"] = torch.cat([cache["new_bank"], kv], 1)
+            key, kv = self.encode(by_chunk(h))
+            cache["key"] = torch.cat([cache["key"], key.to(cache["key"])], 1)  # (B, M + new, C)
+            cache["new"] = torch.cat([cache["new"], kv], 1)
 
         found, asks, size = list(cache["found"]), [], (c.layers - c.lower) // c.groups
-        by_chunk = lambda x: x.unflatten(1, (n, -1))                           # (B, T, C) -> (B, n, u or u+1, C)
         for g in range(c.groups):                                              # the upper layers, group by group
             landmarks = by_chunk(x)[:, :, u:].flatten(1, 2)                    # (B, n, C), none if the chunk is open
             ask = torch.cat([cache["ask"][:, g:g + 1], norm(landmarks) * self.gain[g]], 1)
@@ -189,19 +187,12 @@ class GCA(GPT):
                 x = x + y
                 with_chunks = x + self.cross[l - c.lower](by_chunk(norm(x)), kv, w).flatten(1, 2)
                 x = (x if c.bypass else with_chunks) + self.blocks[l].mlp(norm(with_chunks))
-        if not cache["found"]:                                                 # the first call for these chunks
-            for name, i in dict(weights=1, picks=2).items():                   # (B, n, G, k) both
-                cache[name] = torch.cat([cache[name], torch.stack([f[i].detach() for f in found], 2)], 1)
-        cache.update(ask=torch.stack(asks, 1).to(cache["ask"].dtype), near=near, found=[] if full else found)
+        cache.update(near=near, ask=torch.stack(asks, 1).to(cache["ask"].dtype), found=[] if full else found)
+        if full:                                                               # for `retrieved`, (B, n, G, k) both
+            w, picks = (torch.stack([of_group[i] for of_group in found], 2) for i in (1, 2))
+            cache["weights"] = torch.cat([cache["weights"], w.detach()], 1)
+            cache["picks"] = torch.cat([cache["picks"], picks], 1)
         return norm(by_chunk(x)[:, :, :u].flatten(1, 2)), cache
-
-    def mask(self, n, P, T):
-        """What each of T positions behind P others may see, given n (B,) chunks so far: itself and the W before it."""
-        c = self.c
-        if not c.W:
-            return None
-        A = max(d for d in range(1, max(c.W // 2, c.U) + 1) if T % d == 0)
-        return window_mask(c.kept - n * c.U, P, T, c.W, A)
 
     def encode(self, h):
         """Full chunks h (B, n, U, C) -> their keys (B, n, C), and their keys and values (B, n, H, m, 2D)."""
@@ -212,17 +203,16 @@ class GCA(GPT):
         return z[:, :, c.m], self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)
 
     def find(self, ask, first, g, cache):
-        """For chunks first, first+1, ... of this segment, what the chunk before each asks, ask (B, n, C) -> the keys
+        """For chunks first, first+1, ... of this call, what the chunk before each asks, ask (B, n, C) -> the keys
         and values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for
         none."""
-        c, n, device = self.c, cache["n"][:, None], ask.device
+        c, key, n, device = self.c, cache["key"], cache["n"][:, None], ask.device
         i = torch.arange(first, first + ask.size(1), device=device)
         reader = (n + i)[..., None]                                            # (B, n, 1) the chunk that looks
         end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
-        ids = (n - c.M + torch.arange(c.M + cache["new_key"].size(1), device=device))[:, None]    # (B, 1, M + new)
+        ids = (n - c.M + torch.arange(key.size(1), device=device))[:, None]    # (B, 1, M + new)
         seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # before what asks, and not yet gone
         with full_precision(ask):                                              # close scores must not change places
-            key = torch.cat([cache["key"], cache["new_key"].to(cache["key"])], 1)
             score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)
         noise = gumbel((reader - 1) * c.groups + g, ids) if self.training or c.retrieval == "random" else 0
         rank = dict(learned=score + noise, random=0 * score + noise, recent=0 * score + ids)[c.retrieval]
@@ -231,8 +221,8 @@ class GCA(GPT):
         score = score.gather(2, top) * (c.retrieval == "learned")              # without the noise
         w = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1) * real    # all -inf would give nan
         kv = gather(cache["bank"], top.clamp(max=c.M - 1)).to(device)
-        if cache["new_bank"].size(1):
-            new = gather(cache["new_bank"], (top - c.M).clamp(min=0)).to(kv.dtype)
+        if cache["new"].size(1):
+            new = gather(cache["new"], (top - c.M).clamp(min=0)).to(kv.dtype)
             kv = torch.where((top < c.M)[..., None, None, None], kv, new)
         return kv, w, ids.expand_as(seen).gather(2, top).where(real, -1)
 
@@ -242,14 +232,12 @@ class GCA(GPT):
         if not self.c.topk:
             return None
         picks, w = (cache[name].flatten(2).repeat_interleave(self.c.m, 1) for name in ("picks", "weights"))
-        spans = torch.stack([picks * self.c.m, (picks + 1) * self.c.m], -1).where(picks[..., None] >= 0, -1)
-        return spans, w / self.c.groups
+        spans = torch.stack([picks, picks + 1], -1) * self.c.m
+        return spans.where(picks[..., None] >= 0, -1), w / self.c.groups
 
     def write(self, cache, state):
-        c, near, new = self.c, cache["near"], cache["new_key"].size(1)
-        leaving = near[0][0].size(2) - c.kept                                  # positions that leave the window
-        back = rope(torch.full((1,), -leaving, device=state["n"].device), c.head_dim)
-        near = torch.stack([torch.stack([rotate(k[:, :, leaving:], back), v[:, :, leaving:]], 1) for k, v in near], 1)
-        newest = lambda name: torch.cat([state[name], cache[f"new_{name}"].to(state[name])], 1)[:, new:].clone()
-        return dict(key=newest("key"), bank=newest("bank"), n=state["n"] + leaving // c.U, ask=cache["ask"],
-                    near=near.to(state["near"].dtype))
+        c, near, bank, new = self.c, cache["near"], state["bank"], cache["new"].size(1)
+        return dict(key=cache["key"][:, new:].clone(),
+                    bank=torch.cat([bank, cache["new"].to(bank)], 1)[:, new:].clone(),
+                    n=state["n"] + (near[0][0].size(2) - c.kept) // c.U, ask=cache["ask"],
+                    near=newest(near, c.kept).to(state["near"].dtype))

@@ -221,7 +221,7 @@ class GPT(nn.Module):
         return dict(state)
 
     def forward(self, tokens, state):
-        """One whole segment, tokens (B, S), or up to `parallel` of them -> logits (B, S, V) and the next state."""
+        """One whole segment, tokens (B, S), or n <= `parallel` of them -> logits (B, n S, V), the next state."""
         n, rest = divmod(tokens.size(1), self.c.seg)
         assert 0 < n <= self.parallel and not rest, f"a segment is {self.c.seg} tokens, got {tokens.size(1)}"
         logits, cache = self.extend(tokens, self.read(state))

@@ -4,35 +4,29 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import gpt
-from .gpt import GPT
+from . import rmt
+from .rmt import RMT
 
 QUERIES = ("prev", "split", "paper")
 
 
 @dataclass
-class Config(gpt.Config):
-    mem: int = -1            # M, memory tokens; -1 takes one for every 8 tokens of a segment, and at least 4
-    sensory: int = -1        # k, last tokens of the segment before, shown again; -1 takes an eighth of a segment
+class Config(rmt.Config):
     bank: int = 64           # N, memories that are kept, one for each of the last N segments
     query: str = "prev"      # the half segment that asks: prev (before this one), split (its first), paper (leaks)
     search: str = "learned"  # learned, or uniform: the mean of the bank
 
-    M = property(lambda c: c.mem if c.mem >= 0 else max(4, c.seg // 8))
-    k = property(lambda c: c.sensory if c.sensory >= 0 else c.seg // 8)
     j = property(lambda c: max(1, c.seg // 2))                                      # tokens of the query
     tail = property(lambda c: max(c.k, c.j) if c.query == "prev" else c.k)          # tokens that the next segment needs
 
     def __post_init__(self):
         super().__post_init__()
-        assert self.mem >= -1, f"mem counts memory tokens, got {self.mem}"
-        assert -1 <= self.sensory <= self.seg, f"sensory is a part of the {self.seg} tokens before, got {self.sensory}"
         assert self.bank > 0, f"bank must hold at least one memory, got {self.bank}"
         assert self.query in QUERIES, f"query is one of {', '.join(QUERIES)}, got {self.query}"
         assert self.search in ("learned", "uniform"), f"search is learned or uniform, got {self.search}"
 
 
-class HMT(GPT):
+class HMT(RMT):
     """Three memories: the last k tokens again (sensory), M memory tokens for each segment (short-term), and a bank of
     the last N of those memories (long-term). A summary of half a segment searches the bank. What it finds, the mix P,
     stands where RMT has the newest memory.
@@ -61,7 +55,6 @@ class HMT(GPT):
 
     def __init__(self, c):
         super().__init__(c)
-        self.mem = nn.Parameter(torch.randn(c.M, c.width))
         self.prompt = nn.Parameter(torch.randn(1, c.width))
         self.gain = nn.Parameter(torch.ones(1))
         self.query, self.key = (nn.Linear(c.width, c.width, bias=False) for _ in range(2))
@@ -79,10 +72,6 @@ class HMT(GPT):
         count = super().scored()
         count[:self.c.j - 1] &= self.c.query != "paper"
         return count
-
-    def embed_previous(self, ids):
-        """Embeddings of tokens of the segment before; zeros where there was none, so that shapes never change."""
-        return self.embed(ids.clamp(min=0)) * (ids >= 0)[..., None]           # (B, k or j, C)
 
     def sensory(self, state):
         return self.embed_previous(state["ids"][:, self.c.tail - self.c.k:])           # (B, k, C)
@@ -102,7 +91,8 @@ class HMT(GPT):
                 self.embed(tokens[:, :c.j])
             q = self.query(self.summary(half)) @ self.key.weight              # q (bank Wk)^T = (q Wk^T) bank^T: cheaper
             score = torch.einsum("bc,bnmc->bmn", q, bank) * c.width ** -0.5   # (B, M, N)
-        empty = torch.arange(c.bank, device=bank.device) < c.bank - state["n"].clamp(min=1)[:, None]    # (B, N)
+        n = state["n"].clamp(min=1)[:, None]                                  # at first, the learned memory is there
+        empty = torch.arange(c.bank, device=bank.device) < c.bank - n         # (B, N)
         return score.type_as(bank).masked_fill(empty[:, None], -torch.inf).softmax(-1)                  # eq. 2
 
     def recall(self, state, w):
@@ -155,11 +145,12 @@ class HMT(GPT):
         """Read, extend and write in one pass."""
         c, S = self.c, tokens.size(1)
         assert S == c.seg, f"a segment is {c.seg} tokens, got {S}"
-        x, P, sensory = self.embed(tokens), self.recall(state, self.weights(state, tokens)), self.sensory(state)
+        x, P = self.embed(tokens), self.recall(state, self.weights(state, tokens))       # (B, S, C), (B, M, C)
+        sensory = self.sensory(state)
         if c.query == "split":
-            first, second = x.tensor_split([c.j], 1)
-            parts = [self.newest(state), sensory, first, P, second, P]
+            parts = [self.newest(state), sensory, x[:, :c.j], P, x[:, c.j:], P]
         else:
             parts = [P, sensory, x, P]                                        # eq. 4
         h = self.backbone(torch.cat(parts, 1))[0].split([part.size(1) for part in parts], 1)
-        return self.head(torch.cat(h[2:-1:2], 1)), self.next_state(h[-1], tokens, state)    # eq. 5: x, or its halves
+        of_tokens = torch.cat([h[2], h[4]], 1) if c.query == "split" else h[2]
+        return self.head(of_tokens), self.next_state(h[-1], tokens, state)    # eq. 5

@@ -24,7 +24,7 @@ def positive(x):
 
 
 def recall(q, M, z):
-    """A mean of all values in memory, weighted by sigma(q) sigma(k)^T (eq. 7): q (B, H, T, D), M (B, H, D, D) and
+    """A mean of all that was stored, weighted by sigma(q) sigma(k)^T (eq. 7): q (B, H, T, D), M (B, H, D, D) and
     z (B, H, D) -> (B, H, T, D). An empty memory gives 0."""
     weighted, total = positive(q) @ M, positive(q) @ z[..., None]              # (B, H, T, D), (B, H, T, 1)
     return weighted / total.where(total > 0, 1)
@@ -49,18 +49,18 @@ class InfiniAttention(gpt.Attention):
         """`past`: rotated keys, values and keys without position of this segment, (B, H, P, D) each, then M and z."""
         if self.c.update == "none":                                            # no memory
             return super().forward(x, angles, past, mask)
-        *segment, M, z = past
+        rotated, v, plain, M, z = past
         still = rope(torch.zeros(1, device=x.device), self.c.head_dim)         # every token at position 0: not rotated
-        q, (k, v) = self.queries(x, still), self.keys_values(x, still)         # eq. 5
-        segment = [torch.cat([old, new.type_as(old)], 2) for old, new in zip(segment, (rotate(k, angles), v, k))]
-        k, v, _ = segment
-        keys = with_previous(k) if self.c.shift else k
+        q, (k, new_v) = self.queries(x, still), self.keys_values(x, still)     # eq. 5
+        join = lambda old, new: torch.cat([old, new.type_as(old)], 2)          # (B, H, P+T, D)
+        rotated, v, plain = join(rotated, rotate(k, angles)), join(v, new_v), join(plain, k)
+        keys = with_previous(rotated) if self.c.shift else rotated
         local = attend(rotate(q, angles), keys.type_as(q), v.type_as(q))       # eq. 6
         with full_precision(x):
             memory = recall(q.type_as(M), M, z)                                # (B, H, T, D)
         gate = self.beta.sigmoid()
         y = gate * memory + (1 - gate) * local                                 # eq. 10
-        return self.out(merge_heads(y.type_as(local))), (*segment, M, z)       # eq. 11
+        return self.out(merge_heads(y.type_as(local))), (rotated, v, plain, M, z)       # eq. 11
 
 
 class Infini(GPT):
@@ -73,8 +73,9 @@ class Infini(GPT):
     write    the keys and values of a full segment, in one sum; with update=delta what M answers already is taken off
     paper    Infini-attention 2404.07143v2, section 3.1: eq. 7 (read), 8 and 9 (write), 10 (gate)
     departs  queries and keys are those of our attention before RoPE: with its norm, the queries with its gain, the keys
-             with half of their channels from the token before; an empty memory reads as 0 (in the paper 0/0); the whole
-             model sees one segment at a time (in the paper each layer cuts the whole text into segments)
+             with half of their channels from the token before, 0 at a segment's first; an empty memory reads as 0 (in
+             the paper 0/0); the whole model sees one segment at a time (in the paper each layer cuts the whole text
+             into segments)
     """
     Config, Attention = Config, InfiniAttention
 

@@ -61,9 +61,7 @@ class Attention(gpt.Attention):
             far_mark, far, far_v, picks = self.retrieve(q, cache)
             scores = [own, near_mark, far_mark]                                # first half: tokens, and whole blocks
             w, w_near, w_far = torch.cat(scores, 3).softmax(3).split([z.size(3) for z in scores], 3)
-            values = "bhpd" if far_v.ndim == 4 else "bhtpd"                    # the same for all queries, or their own
-            y = (w + share_out(w_near, near)) @ near_v
-            y = y + torch.einsum(f"bhtp,{values}->bhtd", share_out(w_far, far), far_v)
+            y = (w + share_out(w_near, near)) @ near_v + torch.einsum("bhtp,bhtpd->bhtd", share_out(w_far, far), far_v)
         share = w_far if far.size(3) < self.c.M else w_far.gather(3, picks)    # of the blocks that were picked
         for name, new in dict(picks=picks, share=share.detach()).items():
             cache[name] = torch.cat([cache[name], new[:, :, :T]], 2)
@@ -86,7 +84,7 @@ class Attention(gpt.Attention):
         """The k blocks of the bank whose landmarks score best with each query: the scores of the landmarks
         (B, H, T+n, k), -inf where there is none, and of the tokens (B, H, T+n, k, l); their values; and which blocks
         these are (B, H, T+n, k). Few queries fetch their blocks. Many would fetch more than the whole bank: they see
-        all of its M blocks, and the landmarks of the others have -inf."""
+        all of its M blocks, the same values, and the landmarks of the others have -inf."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                  # (B, H, T+n, k)
         mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
@@ -98,7 +96,7 @@ class Attention(gpt.Attention):
         k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
         k = rotate(k, (cos[:, None], sin[:, None]))
         mark = torch.full_like(rank, -torch.inf).scatter(3, i, mark)           # (B, H, T+n, M)
-        return mark, torch.einsum("bhtd,bhmld->bhtml", q, k), v.flatten(2, 3), i
+        return mark, torch.einsum("bhtd,bhmld->bhtml", q, k), v.flatten(2, 3)[:, :, None], i      # v (B, H, 1, M l, D)
 
 
 class Landmark(GPT):

@@ -1,7 +1,8 @@
 """Mamba-2: a state that every token changes and reads, and that forgets at a rate which depends on the token.
 
     N channels by which the state of a head is written and read     Q tokens in a chunk     h the states of all heads
-    x values    b keys    c queries    dt step    a log of the decay, a <= 0        (in the paper X, B, C, Delta, log A)
+    x values    b keys    c queries    dt step    a log of the decay, a <= 0    (in the paper X, B, C, Delta, log A)
+    A in ssd: the sum of a since the chunk began
 """
 import math
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def ssd(x, dt, a, b, c, skip, h, Q=64):
     xdt, a, b, c = x * dt.mT[..., None], a.mT, b[:, None], c[:, None]          # b and c are the same for all heads
     for xdt, a, b, c in zip(*(v.split(Q, 2) for v in (xdt, a, b, c))):
         A = a.cumsum(2)[..., None]                                             # (B, H, Q, 1) since the chunk began
-        decay = (A - A.mT).tril().exp().tril()                                 # (B, H, Q, Q) from j to i, 0 for j > i
+        decay = (A - A.mT).tril().exp().tril()         # (B, H, Q, Q) from j to i; 0 for j > i, where exp may overflow
         within = (c @ b.mT * decay) @ xdt                                      # what the tokens of this chunk add to y
         before = A.exp() * (c @ h.mT)                                          # what the chunks before add to y
         y.append(within + before)

@@ -81,7 +81,7 @@ class Memformer(GPT):
     state    mem (B, M, C) float32, every slot of RMS 1    with back also last (B, S), tokens, -1 where there were none
     read     x += softmax(q k^T / sqrt D) v in every block, q from x, k and v from mem
     write    w = softmax([q_i k_i, q_i K_1 .. q_i K_T] / (tau sqrt D)),  z_i = w_0 mem_i + sum_j w_j V_j,
-             mem'_i = (z_i + v_i) / |z_i + v_i|,  and v_i / |v_i| to begin with
+             mem'_i = sqrt C (z_i + v_i) / |z_i + v_i|,  and sqrt C v_i / |v_i| to begin with
     paper    Memformer 2010.06891, the text of 2022: memory reader, slot attention, biased memory normalisation. Its
              memory replay is stream.replay
     departs  one causal GPT for encoder and decoder, with one memory for all layers (the decoder of the text of 2020 has
@@ -139,7 +139,7 @@ class Memformer(GPT):
         if self.c.back:
             ids = state["last"]
             _, past = self.backbone(self.embed(ids.clamp(min=0)), slots)
-            real = (ids >= 0)[:, None, :, None]                                # keys of no token are zeros
+            real = (ids >= 0)[:, None, :, None]                                # or the first key would take half of one
             past = [(k * real, v) for k, v in past]
         return slots, past, ids, None
 
@@ -152,7 +152,7 @@ class Memformer(GPT):
             causal = torch.ones(T, P + T, dtype=torch.bool, device=ids.device).tril(P)
             mask = causal & (ids >= 0)[:, None, None]                          # (B, 1, T, P+T)
         new, past = self.backbone(self.embed(tokens), slots, past, mask)
-        h = new if h is None else torch.cat([h, new], 1)                       # (B, T, C) of the whole segment so far
+        h = new if h is None else torch.cat([h, new], 1)                       # (B, tokens so far, C)
         return self.head(new), (slots, past, ids, h)
 
     def finished(self, h):

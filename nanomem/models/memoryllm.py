@@ -47,13 +47,14 @@ class MemoryLLM(GPT):
              how many writes there were, which decides what drops out
     read     layer l attends to [start ; pool ; segment]: a learned vector and N vectors, as keys and values only. Their
              gradient goes back into the segment that wrote them
-    write    a second pass over the segment, with the K newest vectors of the pool (detached) in front and the marker p
-             added to its last K tokens. What these become in a layer goes into its pool
+    write    a second pass over the segment, with start and the K newest vectors of the pool (detached) in front and the
+             marker p added to its last K tokens. What these become in a layer goes into its pool
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
-    departs  trained from scratch, all weights, one set of them for both passes, where the paper adds LoRA to Llama;
-             gradient goes through all writes of a BPTT window (paper: through one, in one of its three ways to train).
-             N is 8 K (paper: 30 K). What drops out comes from a table of random choices, so that replay and resume
-             repeat it. Empty slots are masked (in the paper: random vectors)
+    departs  trained from scratch on the next token, all weights, one set of them for both passes, where the paper adds
+             LoRA to Llama and has three ways to train; gradient goes through all writes of a BPTT window (paper:
+             through one, in one of the three). Half of a key comes from the vector before it, as in all our models,
+             whichever that is in the pool. N is 8 K (paper: 30 K). What drops out comes from a table of random choices,
+             so that replay and resume repeat it. Empty slots are masked (in the paper: random vectors)
     """
     Config = Config
 
@@ -92,21 +93,22 @@ class MemoryLLM(GPT):
     def read(self, state):
         return state, state["step"].new_zeros(len(state["step"]), 0), []
 
+    def begin(self, l, x, state):
+        """Layer l where a segment begins: the keys and values of its memory, what of it is filled, no inputs so far."""
+        if not self.c.N:
+            return None, None, x[:, :0]
+        vectors, filled = self.memory(l, x, state)
+        return self.keys_values(l, vectors, self.c.N + 1), filled, x[:, :0]
+
     def extend(self, tokens, cache):
         """The cache: the state, the segment's tokens so far (B, t), and for each layer its keys and values, which of
-        the memory is filled, and its inputs so far (B, t, C)."""
+        the memory is filled, and its inputs so far (B, t, C), with which M+ searches."""
         state, before, layers = cache
         c, t, T = self.c, before.size(1), tokens.size(1)
         x, longer, first = self.embed(tokens), [], c.N + min(1, c.N)           # where the segment begins
         angles = rope(torch.arange(first + t, first + t + T, device=x.device), c.head_dim)
         for l, block in enumerate(self.blocks):
-            if layers:
-                past, filled, inputs = layers[l]
-            elif c.N:
-                vectors, filled = self.memory(l, x, state)
-                past, inputs = self.keys_values(l, vectors, first), x[:, :0]
-            else:
-                past, filled, inputs = None, None, x[:, :0]
+            past, filled, inputs = layers[l] if layers else self.begin(l, x, state)
             inputs = torch.cat([inputs, x], 1).detach()
             x, past = block(x, angles, past, self.mask(filled, t, T) if c.N else None)
             longer.append((past, filled, inputs))
@@ -125,7 +127,7 @@ class MemoryLLM(GPT):
             vectors = torch.cat([self.start[l].expand(len(x), 1, -1), newest[:, l]], 1)
             mask = self.mask(F.pad(filled[:, l], (1, 0), value=True), 0, S)
             x, _ = block(x + marker, angles, self.keys_values(l, vectors, P), mask)
-            new.append(x[:, S - c.K:])                                         # E_l
+            new.append(x[:, S - c.K:])                                         # (B, K, C), E of layer l
         return torch.stack(new, 1).to(state["pool"].dtype)
 
     def update(self, new, state):

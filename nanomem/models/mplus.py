@@ -58,8 +58,9 @@ class MPlus(MemoryLLM):
     departs  `lag` searches with the last tokens of the segment before, which is causal. The paper's search is `self`:
              the prompt searches for itself, and its first tokens see what follows (`scored`). The paper's loss wants
              what the same document wrote and rejects what others wrote. A batch element of ours has one document only,
-             so the loss wants what attention looks at. The queries of that loss are m tokens from anywhere in the
-             segment. Found vectors stand before the start vector, where they shift no position
+             so the loss wants what attention looks at. Its queries are the m tokens of each part of the segment. Found
+             vectors stand before the start vector, where they shift no position; half of their keys come from the
+             vector before, as in the pool
     """
     Config = Config
 
@@ -167,8 +168,9 @@ class MPlus(MemoryLLM):
 
     def search_loss(self, query, seen, state):
         """(B,) how badly m tokens that ask together tell the vectors of the pool that they look at from the others.
-        They look at a vector if it gets three times an even share of attention. The loss is the mean of -log s over
-        these and of -log(1 - s) over the others, half each (M+, section 3.2)."""
+        They look at a vector if it gets three times an even share of attention to a full pool. The loss is the mean of
+        -log s over these and of -log(1 - s) over the others, half each: so the released code. The paper (section 3.2)
+        prints it without the sigmoid in s, where it need not be defined."""
         c, pool = self.c, state["pool"].detach()
         s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().unfold(2, c.m, c.m).mean(-1)     # (B, L, S/m, N)
         right = seen.unfold(2, c.m, c.m).mean(-1) > 3 / c.N

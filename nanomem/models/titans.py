@@ -27,7 +27,7 @@ class Config(gpt.Config):
         super().__post_init__()
         assert self.form in ("mac", "mag"), f"form is mac or mag, got {self.form}"
         assert self.depth in (0, 1, 2), f"depth is 0, 1 or 2, got {self.depth}"
-        assert self.persist >= 0 < self.chunk, f"persist >= 0 and chunk >= 1, got {self.persist} and {self.chunk}"
+        assert self.persist >= 0 and self.chunk > 0, f"persist >= 0 and chunk >= 1, got {self.persist} and {self.chunk}"
 
 
 def bend(a):
@@ -87,15 +87,16 @@ class Memory(nn.Module):
         self.bias = nn.Parameter(torch.tensor([0, 0, -6.0]).repeat_interleave(c.heads))  # of theta, eta and alpha
 
     def ask(self, x, w):
-        """What a memory with weights w says to tokens x (B, T, C), eq. 15 -> (B, T, C)."""
+        """What a memory with weights w says to tokens x (B, T, C), eq. 15 with a norm -> (B, T, C)."""
         with full_precision(x):
             q = F.normalize(split_heads(self.q(x), self.c.heads).type_as(w[0]), dim=-1)    # (B, H, T, D)
             y = bend(q + q @ w[0].mT) @ w[1].mT if len(w) == 2 else q @ w[0].mT
         return norm(merge_heads(y)).type_as(x)
 
     def write(self, x, P, memory):
-        """Tokens x (B, T, C), behind P others of their segment -> Mem_t(q_t) (B, T, C) and the memory after them."""
-        c, ys = self.c, []
+        """Tokens x (B, T, C), behind P others of their segment -> norm(Mem_t(q_t)) (B, T, C) and the memory after
+        them."""
+        c, answers = self.c, []
         q, k, v = (split_heads(linear(x), c.heads) for linear in (self.q, self.k, self.v))
         line = torch.cat([memory["key"].type_as(k), k], 2)                     # with the key of the token before
         k = (with_previous(line) if c.shift else line)[:, :, 1:]
@@ -107,11 +108,14 @@ class Memory(nn.Module):
             eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # log eta
             theta = theta.sigmoid() * (1 - eta.exp()) * min(1, 2 / c.chunk / c.depth)
             keep = F.logsigmoid(-alpha) * c.forget                             # log keep
-            for q, k, v, *rates in zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, eta, keep))):
-                at = w if P % c.chunk == 0 else at                             # a chunk begins
+            parts = zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, eta, keep)))
+            for i, (q, k, v, *rates) in enumerate(parts):
+                if i > 0 or P % c.chunk == 0:                                  # a chunk begins: its gradients are at w
+                    at = w
                 y, w, s = descend(w, s, q, gradients(at, k, v), *rates)
-                ys, P = [*ys, y], P + y.size(2)
-        return norm(merge_heads(torch.cat(ys, 2))).type_as(x), dict(memory, at=at, w=w, s=s, key=line[:, :, -1:])
+                answers.append(y)
+        y = norm(merge_heads(torch.cat(answers, 2))).type_as(x)                # (B, T, C)
+        return y, dict(memory, at=at, w=w, s=s, key=line[:, :, -1:])
 
 
 class TitansAttention(gpt.Attention):
@@ -124,20 +128,23 @@ class TitansAttention(gpt.Attention):
 
     def forward(self, x, angles, past, mask=None):
         """`past`: keys and values of the segment, (B, H, P, D), keys and values of what is in front of it, memory."""
-        (k, v, *front, memory), c = past, self.c
+        c, (k, v, front_k, front_v, memory) = self.c, past
         P, T, mac = k.size(2), x.size(1), c.form == "mac"
-        longer = lambda old, new: [torch.cat([a, b.type_as(a)], 2) for a, b in zip(old, new)]
-        q, (k, v) = self.queries(x, angles), longer((k, v), self.keys_values(x, angles))
-        if mac:
-            front = longer(front, self.keys_values(self.memory.ask(x, memory["before"]), angles))    # eq. 21
-        keys, values = longer(front, (with_previous(k) if c.shift else k, v))  # eq. 22, 26
+        join = lambda old, new: torch.cat([old, new.type_as(old)], 2)
+        q, (new_k, new_v) = self.queries(x, angles), self.keys_values(x, angles)         # (B, H, T, D)
+        k, v = join(k, new_k), join(v, new_v)                                  # (B, H, P+T, D)
+        if mac:                                                                # the answers stand where their tokens do
+            said_k, said_v = self.keys_values(self.memory.ask(x, memory["before"]), angles)          # eq. 21
+            front_k, front_v = join(front_k, said_k), join(front_v, said_v)
+        keys = join(front_k, with_previous(k) if c.shift else k)               # eq. 22, 26
+        values = join(front_v, v)
         causal = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
         mask = torch.cat([causal.new_ones(T, c.persist)] + [causal] * (1 + mac), 1)
         y = self.out(merge_heads(attend(q, keys.type_as(q), values.type_as(q), mask)))   # eq. 23, 27
         z = norm(x + y) if mac else x
-        m, after = self.memory.write(z, P, memory)                             # eq. 24
-        m = self.memory.ask(z, memory["before"]) if mac else m
-        return y * 2 * (self.scale * m).sigmoid(), (k, v, *front, after)       # eq. 25, 28
+        now, after = self.memory.write(z, P, memory)                           # eq. 24
+        m = self.memory.ask(z, memory["before"]) if mac else now
+        return y * 2 * (self.scale * m).sigmoid(), (k, v, front_k, front_v, after)       # eq. 25, 28
 
 
 class Titans(GPT):
@@ -152,9 +159,10 @@ class Titans(GPT):
     departs  a memory for each head; a deep one has a residual connection, or it would be dead once its weights have
              faded to 0; queries, keys and values have length 1, no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta)
              sigmoid(.), or Q equal tokens would overshoot; keys take half of their channels from the token before
-             (paper: convolutions); the gate is 2 sigmoid(scale norm(m)). Persistent tokens: in each layer, for
-             attention only. mac: no token sees the answer to a later one, or what its own segment wrote (eq. 25: it
-             does); it writes from input + output of attention. mag: attention to the segment only (paper: sliding)
+             (paper: convolutions); answers get a norm, and the gate is 2 sigmoid(scale m). Persistent tokens: in each
+             layer, for attention only. w is 0 when a text begins. mac: no token sees the answer to a later one, or what
+             its own segment wrote (eq. 25: it does); an answer stands where its token does (paper: before the segment);
+             it writes from input + output of attention. mag: attention to the segment only (paper: sliding)
     """
     Config, Attention = Config, property(lambda self: TitansAttention if self.c.depth else gpt.Attention)
 
