@@ -46,7 +46,8 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "XL.mask": "the newest kept position is the last before the segment; n says how many are filled"}),
         Exercise("cache", "keys that move on by a rotation, and where the gradient stops", {
             "XL.read": "only the sliding window lets the gradient through; one k, v for each layer",
-            "XL.write": "the last W + 1 positions stay; S positions back is one rotation by -S"}),
+            "newest": "the last `kept` positions stay; how far they go back is one rotation for all keys",
+            "XL.write": "as many tokens came in as there are positions more than `kept`; n counts up to `kept`"}),
         Exercise("window", "attention in blocks, in linear time", {
             "window_mask": "block b has its own A keys and the W before; compare indices, then positions with `first`",
             "WindowAttention.attend": "unfold keys and values into overlapping blocks, which join the batch"})],
