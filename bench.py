@@ -213,7 +213,7 @@ def check_books(b, jobs):
     for split in ("train", *sorted({held_out(b, job.task) for job in jobs})):
         data.open_books(b.data, split, BYTES["tokenizer"])
     for path in (file_of(b.out, job) for job in jobs):
-        was = content_of(path).get("settings", {}).get("final", b.final)
+        was = (content_of(path).get("settings") or {}).get("final", b.final)
         if was != b.final and not b.overwrite:
             raise UserError(f"{path} was measured {'with' if was else 'without'} --final: add --overwrite to replace "
                             "it, or choose another --out")

@@ -120,16 +120,17 @@ def main(argv):
 
     print(s.prompt, end="", flush=True)
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode   # a character may be spread over several tokens
-    for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
-        if token.item() == enc.eot_token:
-            break
-        print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
+    with cli.catch_stop() as stop:                         # Ctrl-C ends the text, not what was read before
+        for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
+            if stop or token.item() == enc.eot_token:
+                break
+            print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
     print(decode(b"", final=True))
     if s.save_memory:
         reader.save(s.save_memory)
         print(f"{reader.count:,} tokens are remembered in {s.save_memory} "
               f"({stream.nbytes(reader.state) / 1024:.0f} KB of state)", file=sys.stderr)
-    return 0
+    return 130 if stop else 0
 
 
 if __name__ == "__main__":

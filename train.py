@@ -22,7 +22,6 @@ from tqdm import tqdm
 import nanomem
 from nanomem import checkpoint, cli, data, footprint, optim, stream, tasks
 from nanomem.cli import UserError
-from nanomem.models import gpt
 
 
 SAVE_EVERY = 300   # seconds between two checkpoints at most: what a kill can cost
@@ -53,7 +52,7 @@ class Run:
     warmup: float = 0.02         # part of the steps in which the rates rise from 0
     cooldown: float = 0.65       # part of the steps in which they fall to 0, at the end
     decay: float = 0.1           # weight decay, of the matrices only
-    clip: float = 1.0            # largest norm of the gradient
+    clip: float = 1.0            # largest norm of the gradient (0: no limit)
     log_interval: int = 20       # steps between two lines of the log
     eval_interval: int = 200     # steps between two evaluations, each followed by a checkpoint
     eval_batches: int = 16       # batches in an evaluation
@@ -177,7 +176,7 @@ def main(argv):
             check_resume(saved, run, typed, fields)
             fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
-    elif (out / "last.pt").exists() and not run.overwrite:
+    elif not run.overwrite and ((out / "last.pt").exists() or (out / "best.pt").exists()):
         raise UserError(f"{out} holds a run already: add --resume to go on, or --overwrite to replace it, or choose "
                         "another --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -190,12 +189,15 @@ def train(run, typed, fields, saved, out, rank, world):
     """The page: everything is made, then loaded if a run goes on, then comes the loop. Returns the exit code."""
     last, top = out / "last.pt", out / "best.pt"
     device, dtype, compile = stream.machine(run.device, run.dtype, run.compile)
+    if world > 1 and device.type == "mps":
+        raise UserError("several processes need CUDA or CPUs: add --device=cpu")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     # the data, the model, the optimizers, and where they stopped
     torch.manual_seed(run.seed)
-    loader, held_out, vocab, data_hash = loaders(run, typed, fields.get("seg", gpt.Config.seg))
+    seg = fields.get("seg", nanomem.model_class(run.model).Config.seg)
+    loader, held_out, vocab, data_hash = loaders(run, typed, seg)
     fields.setdefault("vocab", -(-vocab // 64) * 64)   # a round number is faster; the last entries are no tokens
     if fields["vocab"] < vocab:
         raise UserError(f"--vocab={fields['vocab']} is too small: the data has {vocab} different tokens")
@@ -287,10 +289,10 @@ def train(run, typed, fields, saved, out, rank, world):
             if not (evaluates or stopped or saves or done % run.log_interval == 0):
                 continue
             losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
-            for i, numbers in enumerate(zip(losses, norms)):
+            for n, numbers in enumerate(zip(losses, norms), done - len(losses) + 1):
                 for name, v in zip(("loss", "gradient"), numbers):
                     if not math.isfinite(v):
-                        raise Diverged(f"the {name} is {v} at step {done - len(losses) + i}: try a lower --lr or --muon"
+                        raise Diverged(f"the {name} is {v} at step {n}: try a lower --lr or --muon"
                                         + (f"; {last} is the last good checkpoint" if has_saved else ""))
             spent = time.perf_counter() - clock
             seconds, speed = seconds + spent, tokens * len(losses) / spent
@@ -301,11 +303,7 @@ def train(run, typed, fields, saved, out, rank, world):
                         val_loss, accuracy = validate(model, held_out(), run.eval_batches, dtype)
                     except Exception as e:             # first save, then say so
                         val_loss, accuracy, problem = math.nan, math.nan, e
-                val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
                 rate = run.lr * schedule(run, step)
-                left = (run.steps - done) * tokens / speed / 60
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  "
-                          f"{speed / 1e3:7.1f}k tok/s  {left:6.1f} min left")
                 if done <= start + len(losses):
                     new_log(out, start)
                 with open(out / "log.csv", "a", newline="") as f:
@@ -317,6 +315,11 @@ def train(run, typed, fields, saved, out, rank, world):
                 if top.exists() and not saved and best == math.inf and rank == 0:
                     top.unlink()                       # of the run that this one overwrites
                 has_saved, saved_at = True, time.perf_counter()
+            if rank == 0:                              # after saving: the terminal may be gone
+                val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
+                left = (run.steps - done) * tokens / speed / 60
+                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  "
+                          f"{speed / 1e3:7.1f}k tok/s  {left:6.1f} min left")
             if problem:
                 raise problem
             if stopped:

@@ -66,13 +66,16 @@ def write_whole(path, write):
         write(scratch)
         os.replace(scratch, path)
     except (OSError, RuntimeError) as e:             # torch.save raises RuntimeError where it cannot open the file
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def save(path, kind, **content):
     """Write a file that `load` reads."""
     content = dict(format=f"nanomem {kind}", version=VERSION, **content)
-    write_whole(path, lambda scratch: torch.save(dict(content, checksum=checksum(content)), scratch))
+    content["checksum"] = checksum(content)
+    write_whole(path, lambda scratch: torch.save(content, scratch))
 
 
 def load(path, kind):

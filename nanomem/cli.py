@@ -148,6 +148,8 @@ def catch_stop():
     """A list that the first Ctrl-C fills, or the end of the terminal or of the job, so that the work at hand can be
     ended and saved. The second one does not wait."""
     stop, names = [], [s for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+    if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:    # nohup: goes on without a terminal
+        names.remove("SIGHUP")
     before = {s: signal.signal(getattr(signal, s), lambda *_: sys.exit(130) if stop else stop.append(1)) for s in names}
     try:
         yield stop
@@ -161,6 +163,8 @@ def run(main):
     terminal cannot show a character, it gets a question mark."""
     for out in (sys.stdout, sys.stderr):
         out.reconfigure(errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8-sig")        # as files are read, wherever this runs
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
@@ -172,13 +176,16 @@ def run(main):
         print(f"error: not written yet: {e}", file=sys.stderr)                # an exercise that is not solved
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        if not isinstance(e, MemoryError) and not re.search("out of memory|enough memory|allocate memory", str(e)):
             raise
-        print(f"error: out of memory: try a smaller batch, seg, width or vocab ({str(e).splitlines()[0][:90]})",
-              file=sys.stderr)
+        why = (str(e).splitlines() or ["no more is free"])[0][:90]
+        print(f"error: out of memory: try a smaller batch, seg, width or vocab ({why})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:   # the program behind a pipe has read enough, as in: | head
         sys.stderr.close()
+    except OSError as e:
+        print(f"error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
+        sys.exit(2)

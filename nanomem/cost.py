@@ -154,7 +154,8 @@ def cost(model, batch, segments, after, compile=False, dtype=None):
     ours, theirs = seconds(device, *steps, rounds=3, warm=True)
     eager = compile and device.type != "cuda"                # where tensors are counted, the compiler's are not seen
     counted = training_step(model, batch, segments, dtype=dtype) if eager else steps[0]
-    counted()                                                # a first step makes the moments of the optimizers as well
+    if eager:
+        counted()                                            # a first step makes the moments of the optimizers as well
     training_peak = peak_bytes(device, counted)
 
     after = sorted({-(-n // c.seg) * c.seg for n in after})  # in whole segments

@@ -43,9 +43,9 @@ class Batch(NamedTuple):
 
     def to(self, device):
         """On a device. To CUDA from pinned memory: the copy waits for nothing, so a training loop that does not wait
-        either makes this batch while the device still works on the one before."""
-        pinned = (t.pin_memory() if torch.device(device).type == "cuda" else t for t in self)
-        return Batch(*(t.to(device, non_blocking=True) for t in pinned))
+        either makes this batch while the device still works on the one before. Elsewhere the copy is waited for."""
+        cuda = torch.device(device).type == "cuda"
+        return Batch(*((t.pin_memory() if cuda else t).to(device, non_blocking=cuda) for t in self))
 
     def elements(self, i, j):
         """Batch elements i to j - 1."""
@@ -59,7 +59,7 @@ class Loader:
     `next` raises StopIteration.
 
     `piece` cuts the books into pieces of that many tokens, which are read as if they were books. Without it this is
-    done where there are fewer books than cursors: about four pieces for each cursor.
+    done where there are fewer books than cursors, but not with `once`: about four pieces for each cursor.
 
     With `interleave`, a batch element has several cursors, which take turns: `interleave_len` tokens each. Targets stay
     in their own book. With two cursors, in books a and b, and interleave_len=2:
@@ -101,9 +101,9 @@ class Loader:
 
     def next(self):
         N, share = len(self.cursors), self.T // self.interleave
-        x = np.full((N, share), self.books.enc.eot_token)
+        x = np.full((N, share), self.books.enc.eot_token, np.int64)
         y, position = np.full_like(x, -1), np.zeros_like(x)
-        fresh, book = np.zeros(N, bool), np.full(N, -1)
+        fresh, book = np.zeros(N, bool), np.full(N, -1, np.int64)
         for c in range(N):
             cursor = self.cursors[c]
             if cursor is None or cursor[1] == self.pieces[cursor[0]][2]:

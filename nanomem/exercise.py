@@ -46,7 +46,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "XL.mask": "the newest kept position is the last before the segment; n says how many are filled"}),
         Exercise("cache", "keys that move on by a rotation, and where the gradient stops", {
             "XL.read": "only the sliding window lets the gradient through; one k, v for each layer",
-            "newest": "the last `kept` positions stay; how far they go back is one rotation for all keys",
+            "newest": "the last `kept` positions stay; one rotation moves all keys back by those that leave",
             "XL.write": "as many tokens came in as there are positions more than `kept`; n counts up to `kept`"}),
         Exercise("window", "attention in blocks, in linear time", {
             "window_mask": "block b has its own A keys and the W before; compare indices, then positions with `first`",
@@ -70,7 +70,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
         Exercise("stream", "what each query may know, and when", {
             "HMT.read": "with query=split nothing was searched yet: the newest memory stands in front",
             "HMT.extend": "the token that completes the first half triggers the search, in the middle of a call",
-            "HMT.forward": "the parts of eq. 4 in one pass, or delete it: GPT has one in steps"})],
+            "HMT.forward": "the parts of eq. 4 in one pass (RMT's, which is inherited, knows no bank)"})],
     "memformer": [
         Exercise("reader", "cross-attention without positions", {
             "Reader.keys_values": "one linear map, split into the heads of k and of v",

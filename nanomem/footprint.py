@@ -11,19 +11,20 @@ from .cli import UserError
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors alive at once, .peak is the most, of those made inside the `with`. Eager only."""
+    """Counts the bytes of tensors alive at once, on one device or on all, .peak is the most, of those made inside the
+    `with`. Eager only."""
 
-    def __init__(self):
+    def __init__(self, device=None):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, {}
+        self.device, self.now, self.peak, self.seen = device, 0, 0, {}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = f(*args, **kwargs)
         given = {s._cdata for s in self.storages([*args, *kwargs.values()])}   # a view of an argument is nothing new
         for storage in self.storages(out):
-            key = storage._cdata
-            if key not in self.seen and key not in given and storage.nbytes():
+            key, here = storage._cdata, self.device in (None, storage.device)
+            if here and key not in self.seen and key not in given and storage.nbytes():
                 self.seen[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -49,7 +50,7 @@ def available(device):
 
 def check_weights(model, device):
     """Raises UserError if the weights of a model, which may lie on device=meta, cannot be trained on a device: each
-    needs 16 bytes, for itself, its gradient and two numbers of AdamW."""
+    needs up to 16 bytes, for itself, its gradient and two numbers of AdamW (Muon has one)."""
     weights, have = sum(p.numel() for p in model.parameters()), available(device)
     if 16 * weights > have:
         raise UserError(f"{weights:,} parameters need {16 * weights / 1e9:,.0f} GB, here are {have / 1e9:,.0f}: try a "
@@ -64,7 +65,7 @@ def step_bytes(model, backward, dtype, K):
 
     def peak(B, K):
         x = torch.zeros(B, K * model.c.seg, dtype=torch.long, device=stream.device_of(model))
-        with LiveBytes() as live:
+        with LiveBytes(stream.device_of(model)) as live:
             backward(model, step, x, x, stream.detach(model.init_state(B)), 1 / x.numel())
         model.zero_grad()
         return live.peak

@@ -29,6 +29,8 @@ def write_shards(out, enc, splits, limit=2 ** 25):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the folder {out}: {e.strerror}") from None
+    if (out / "meta.json").exists() and b'"nanomem shards"' not in (out / "meta.json").read_bytes()[:4096]:
+        raise UserError(f"{out / 'meta.json'} is there and was not made by nanomem: choose another --out")
     ours = files_of(out)
     meta = dict(format="nanomem shards", version=VERSION, tokenizer=enc.name, vocab=enc.n_vocab,
                 ranks=vocabulary_hash(enc), newlines="LF", splits={})

@@ -23,9 +23,9 @@ def machine(device="", dtype="", compile=None):
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError):
-        raise UserError(f"there is no device {name} here: leave --device out to take the best there is") from None
+        raise UserError(f"there is no device {device or name} here: choose another, as in --device=cpu") from None
     cuda = device.type == "cuda"
-    dtype = dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
+    dtype = dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
     return device, getattr(torch, dtype), cuda if compile is None else compile
 
 
@@ -92,10 +92,13 @@ def make_step(model, dtype=None, compile=False):
         nonlocal fast
         try:
             return fast(*args)
+        except torch.OutOfMemoryError:
+            raise                                          # without the compiler it needs more
         except Exception as e:
             if fast is step:
                 raise
-            print(f"warning: torch.compile failed ({type(e).__name__}), going on without it", file=sys.stderr)
+            why = f"{type(e).__name__}: {e}".splitlines()[0][:100]
+            print(f"warning: torch.compile failed ({why}), going on without it", file=sys.stderr)
             fast = step
             return fast(*args)
     return compiled

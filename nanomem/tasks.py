@@ -155,6 +155,8 @@ def mqar(rng, B, T, pairs=0, power=0.01, noise=False):
     pairs = pairs or min(16, T // 8)
     if not 0 < pairs <= VALUES or 4 * pairs > T:
         raise UserError(f"{pairs} pairs and their questions do not fit into {VALUES} values and {T} tokens")
+    if not 0 <= power <= 1:
+        raise UserError(f"power lies between 0 (most questions come soon) and 1 (all places alike), got {power}")
     x = filler(rng, B, T) if noise else np.zeros((B, T), np.int64)
     y, distances = np.full_like(x, -1), np.zeros_like(x)
     key, answer = draw_keys(rng, B, pairs), NOISE + draw(rng, B, VALUES, pairs)          # (B, pairs)

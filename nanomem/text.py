@@ -19,7 +19,7 @@ TOKENIZERS = ("gpt2-4k", "gpt2", "bytes")
 
 
 def tokenizer(name):
-    """A tiktoken.Encoding: `gpt2`, `gpt2-4k` (the first 4,096 merges of GPT-2, 3.4 bytes a token) or `bytes`."""
+    """A tiktoken.Encoding: `gpt2`, `gpt2-4k` (the first 4,096 tokens of GPT-2, 3.4 bytes each) or `bytes`."""
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")

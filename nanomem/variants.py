@@ -94,7 +94,7 @@ def untrained(b, model, vocab=VOCAB):
 # Their trainings and results
 
 def training_of(b, job):
-    """What a training is made with: {setting of train.py or field of the model: its value}, as typed where it was."""
+    """What a training is made with: {setting of train.py or field of the model: value}; what was typed stays text."""
     name, settings, _ = parts_of(job.model)
     if job.task in TASKS:
         found = TASKS[job.task].flags(settings, b.task_steps)

@@ -163,7 +163,7 @@ def test_what_a_kill_between_best_and_last_leaves_is_made_good_at_resume(tmp_pat
             go(out, "--steps=6", "--eval_interval=2")
         monkeypatch.undo()
         if not (out / "last.pt").exists():
-            go(out, "--steps=6", "--eval_interval=2")
+            go(out, "--steps=6", "--eval_interval=2", "--overwrite")
         elif last(out)["step"] < 6:
             train.main([f"--out={out}", "--resume"])
         one, two = (checkpoint.load(d / "best.pt", "checkpoint") for d in (tmp_path / "whole", out))

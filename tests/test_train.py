@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
         loss, state = real(*args, **share)
         return (loss * float("nan") if len(calls) == 4 else loss), state
     monkeypatch.setattr(stream, "bptt", sick)
-    with pytest.raises(UserError, match="the loss is nan at step 3: try a lower --lr or --muon; .*last.pt is the last"):
+    with pytest.raises(UserError, match="the loss is nan at step 4: try a lower --lr or --muon; .*last.pt is the last"):
         go(tmp_path, "--steps=6", "--eval_interval=2")
     assert last(tmp_path)["step"] == 2 and last(tmp_path)["best"] < 9
     assert all(v.isfinite().all() for v in last(tmp_path)["weights"].values())

@@ -1,7 +1,7 @@
 """B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that surprised it.
 
     u inputs of a layer, raw tokens     y outputs of its state space, fading tokens
-    M eidetic tokens     W tokens in the attention window (itself counts, unlike in xl) and in a chunk: the paper's w
+    M eidetic tokens     W tokens in the attention window, the token itself counts, and in a chunk: the paper's w
 """
 import re
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Attention(gpt.Attention):
         self.M, self.fading = (c.M, c.fading) if kind == "bmojo" else (0, 0)
 
     def start(self, zeros):
-        """The memory where a text begins: empty places for all tokens. A position of -1 says that none is there."""
+        """The memory where a text begins: empty places. Eidetic ones have the position -1."""
         c, shape = self.c, (self.c.heads, self.c.head_dim)
         memory = dict(window=zeros(c.past, 2, *shape), last_key=zeros(1, *shape))
         if self.fading:
@@ -131,7 +131,7 @@ class Attention(gpt.Attention):
             seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
             p = memory["position"][:, None, :M]                                # (B, 1, M)
-            offset = torch.full((M,), -W, device=device)                       # as far as fading ones: p - s has no end
+            offset = torch.full((M,), -W, device=device)                       # near: p - s has no limit
             seen.append((memory["eidetic"], offset, (p <= t - W) & (p >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
@@ -200,7 +200,7 @@ class BMojo(Mamba):
              l.conv (B, 3, C), l.ssm (B, H, D, N) as in mamba   l.outputs (B, 3, C) the last outputs y
              l.window (B, W, 2, H, D), l.fading (B, 2W, 2, H, D), l.eidetic (B, M, 2, H, D) keys and values
              l.last_key, l.last_fading_key (B, 1, H, D) the last keys before their shift
-             l.innovation (B, M) of the eidetic tokens, -1: none there   l.position (B, M) theirs in the text
+             l.innovation (B, M) of the eidetic tokens   l.position (B, M) theirs in the text, -1: none there
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
     write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2

@@ -113,7 +113,7 @@ class GCA(GPT):
         for module in (self.encoder, self.kv, self.cross):
             module.apply(self.init)
         for block in self.blocks[c.lower:]:
-            nn.init.normal_(block.mlp.out.weight, std=(2 * c.layers * c.hidden) ** -0.5)
+            nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
     def for_length(self, T):
         """A bank for the whole text; and segments of up to 1,024 tokens, which give the same logits and copy the bank
@@ -165,7 +165,7 @@ class GCA(GPT):
         if not c.topk:
             return norm(x), dict(cache, near=near)
 
-        first = cache["new"].size(1)                                           # chunks of this call before x
+        first = cache["new"].size(1)                                           # chunks since `read`, before x
         h = torch.cat([cache["open"], x], 1)                                   # what the lower layers put out
         cache["open"] = h[:, :0] if full else h
         if full:
@@ -203,7 +203,7 @@ class GCA(GPT):
         return z[:, :, c.m], self.kv(z[:, :, :c.m]).unflatten(3, (c.heads, -1)).transpose(2, 3)
 
     def find(self, ask, first, g, cache):
-        """For chunks first, first+1, ... of this call, what the chunk before each asks, ask (B, n, C) -> the keys
+        """For chunks first, first+1, ... since `read`, what the chunk before each asks, ask (B, n, C) -> the keys
         and values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for
         none."""
         c, key, n, device = self.c, cache["key"], cache["n"][:, None], ask.device

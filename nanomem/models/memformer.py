@@ -139,7 +139,7 @@ class Memformer(GPT):
         if self.c.back:
             ids = state["last"]
             _, past = self.backbone(self.embed(ids.clamp(min=0)), slots)
-            real = (ids >= 0)[:, None, :, None]                                # or the first key would take half of one
+            real = (ids >= 0)[:, None, :, None]                                # keys of no token are zeros, as in gpt
             past = [(k * real, v) for k, v in past]
         return slots, past, ids, None
 

@@ -169,8 +169,8 @@ class MPlus(MemoryLLM):
     def search_loss(self, query, seen, state):
         """(B,) how badly m tokens that ask together tell the vectors of the pool that they look at from the others.
         They look at a vector if it gets three times an even share of attention to a full pool. The loss is the mean of
-        -log s over these and of -log(1 - s) over the others, half each: so the released code. The paper (section 3.2)
-        prints it without the sigmoid in s, where it need not be defined."""
+        -log s over these and of -log(1 - s) over the others, half each, as in the released code. The paper (section
+        3.2) prints s without the sigmoid; then the logarithm need not exist."""
         c, pool = self.c, state["pool"].detach()
         s = (query @ self.f_k(pool).mT).to(pool.dtype).sigmoid().unfold(2, c.m, c.m).mean(-1)     # (B, L, S/m, N)
         right = seen.unfold(2, c.m, c.m).mean(-1) > 3 / c.N
