@@ -66,6 +66,10 @@ def test_new_shards_replace_the_old_ones_and_no_other_file(shards):
     (shards / "train_x.txt").write_text("mine")
     data.write_shards(shards, data.tokenizer("bytes"), dict(train=TEXTS, validation=TEXTS[:1]))
     assert sorted(p.name for p in shards.glob("train_*")) == ["train_00000.bin", "train_00000.idx.npy", "train_x.txt"]
+    (shards / "meta.json").write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="meta.json is there and was not made by nanomem: choose another --out"):
+        data.write_shards(shards, data.tokenizer("bytes"), dict(train=TEXTS, validation=TEXTS[:1]))
+    assert (shards / "meta.json").read_text() == '{"mine": 1}'
 
 
 def header(path, field, value):

@@ -100,6 +100,7 @@ def test_a_needle_lies_at_the_distance_asked_for():
                       (lambda: tasks.TaskLoader("recall:pair=3", 4, 64), "no setting pair: did you mean pairs"),
                       (lambda: tasks.TaskLoader("recall:pairs=x", 4, 64), "takes a whole number"),
                       (lambda: tasks.TaskLoader("mqar", 4, 64, pairs=17), "17 pairs and their questions do not fit"),
+                      (lambda: tasks.TaskLoader("mqar:power=1000", 4, 64), "power lies between 0 .*, got 1000"),
                       (lambda: tasks.TaskLoader("retain", 4, 64, facts=9), "9 facts .* 64 keys and 16 chunks of 4")]:
         with pytest.raises(UserError, match=why):
             make().next()

@@ -1,6 +1,7 @@
 """train.py: it learns, it resumes to the bit, it runs on several processes, and it refuses what cannot work."""
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,6 +219,15 @@ def test_a_wrong_flag_is_one_sentence(tmp_path, argv, why):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_a_model_of_ones_own_is_trained_with_its_own_default_of_seg(tmp_path):
+    own = (ROOT / "nanomem" / "models" / "gpt.py").read_text()
+    assert own.count("    seg: int = ") == 1
+    (tmp_path / "own.py").write_text(re.sub("    seg: int = [0-9]+", "    seg: int = 24", own))
+    train.main([f"--model={tmp_path / 'own.py'}", *(flag for flag in SMALL if not flag.startswith("--seg=")),
+                f"--out={tmp_path / 'run'}", "--steps=1"])
+    assert nanomem.load(tmp_path / "run")[0].c.seg == 24
+
+
 def test_a_checkpoint_is_never_lost(tmp_path):
     go(tmp_path, "--steps=2")
     kept = (tmp_path / "last.pt").read_bytes()
@@ -231,6 +241,10 @@ def test_a_checkpoint_is_never_lost(tmp_path):
     with pytest.raises(UserError, match="made with --model=rmt, not xl"):
         train.main(["--model=xl", f"--out={tmp_path}", "--resume"])
     assert (tmp_path / "last.pt").read_bytes() == kept
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "best.pt").write_bytes(kept)                # sample.py takes it without last.pt, too
+    with pytest.raises(UserError, match="holds a run already"):
+        go(tmp_path / "alone", "--steps=2")
     (tmp_path / "last.pt").write_bytes(kept[:len(kept) // 2])
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         go(tmp_path, "--resume", "--steps=9")
