@@ -205,17 +205,23 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_something_to_save(tmp
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_the_end_of_a_job_saves(tmp_path, monkeypatch, name):
-    real, made = tasks.TaskLoader.next, []
+@pytest.mark.parametrize("name, before", [("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL),
+                                          ("SIGHUP", signal.SIG_IGN)])
+def test_the_end_of_a_job_saves_and_nohup_goes_on(tmp_path, monkeypatch, name, before):
+    real, made, number = tasks.TaskLoader.next, [], getattr(signal, name)
 
     def next_(self):
         made.append(1)
         if len(made) == 2:
-            signal.raise_signal(getattr(signal, name))
+            signal.raise_signal(number)
         return real(self)
     monkeypatch.setattr(tasks.TaskLoader, "next", next_)
-    assert go(tmp_path, "--steps=9") == 130 and last(tmp_path)["step"] == 2
+    usual = signal.signal(number, before)
+    try:
+        stopped = go(tmp_path, "--steps=9") == 130
+    finally:
+        signal.signal(number, usual)
+    assert (stopped, last(tmp_path)["step"]) == ((False, 9) if before == signal.SIG_IGN else (True, 2))
 
 
 def test_a_validation_that_fails_loses_no_training(tmp_path, monkeypatch):
