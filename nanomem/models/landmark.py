@@ -175,4 +175,4 @@ class Landmark(GPT):
         bank = torch.cat([rotate(k, (cos[:, None], sin[:, None])), v], -1)
         for name, x in dict(landmark=rotate(mark, (cos, sin)), bank=bank).items():
             new[name] = torch.cat([state[name], x.to(state[name])], 3)[:, :, :, c.s:].clone()
-        return dict(new, n=state["n"] + c.s)
+        return dict(n=state["n"] + c.s, **new)
