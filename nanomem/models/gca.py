@@ -126,7 +126,8 @@ class GCA(GPT):
         zeros = lambda *shape, device=here: torch.zeros(B, *shape, device=device)
         return dict(key=zeros(c.M, c.width),
                     bank=zeros(c.M, c.heads, c.m, 2 * c.head_dim, device="cpu" if c.host else here),
-                    n=zeros().long(), ask=zeros(c.groups, c.width), near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
+                    n=zeros().long(), ask=zeros(c.groups, c.width),
+                    near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
 
     def read(self, state):
         """A segment begins: the state, to whose keys those of the segment's chunks will be added; their bank entries
