@@ -34,6 +34,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ import nanomem
 import train
 from nanomem import checkpoint, claims, cli, cost, data, pictures, report, stream, suites, tasks
 from nanomem.cli import UserError
-from nanomem.jobs import (Job, TimeUp, content_of, file_of, measure_new, measure_trained, plan, read_result, run_groups,
-                          write_result)
+from nanomem.jobs import (Job, TimeUp, content_of, file_of, machine_of, measure_new, measure_trained, plan, read_result,
+                          run_groups, write_result)
 from nanomem.suites import BYTES, FIRST, TASKS
 from nanomem.variants import (books_of, fields_of, flags_of, hash_of_books, held_out, models_of, only_rates, parts_of,
                               searched, settings_of)
@@ -81,12 +82,12 @@ def refuse_to_lose(saved, out, typed, fields):
             raise UserError(f"{out} holds a training {what}: add --overwrite to replace it, or choose another --out")
 
 
-def checkpoint_of(flags, out, until, overwrite):
-    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one, as
-    always with `overwrite`. Raises TimeUp if it is not there at the time `until`: what there is then is saved."""
+def checkpoint_of(flags, out, until):
+    """The checkpoint that train.py makes with these flags: of an earlier run, of the rest of one, or of a new one.
+    Raises TimeUp if it is not there at the time `until`: what there is then is saved."""
     typed, fields = train.parse(flags)
     last, saved, how = out / "last.pt", None, "--overwrite"
-    if last.exists() and not overwrite:
+    if last.exists():
         try:
             saved = checkpoint.load(last, "checkpoint")
         except UserError as error:
@@ -116,16 +117,26 @@ def train_for(b, group, until):
     for x, short in searched(b, training).items():
         flags = [*flags_of(short, training), "--eval_batches=16", *device]
         try:
-            one = checkpoint_of(flags, Path(f"{out}-x{x}"), until, b.overwrite)
+            one = checkpoint_of(flags, Path(f"{out}-x{x}"), until)
             tried[x], seconds = one["best"], seconds + one["seconds"]
         except train.Diverged:                         # a rate that is too high
             tried[x] = math.inf
     if not only_rates(group):
         best = float(min(tried, key=tried.get)) if tried else 1
         flags = [*flags_of(replace(b, lr=b.lr * best, muon=b.muon * best), training), *device]
-        saved = checkpoint_of(flags, out, until, b.overwrite)
+        saved = checkpoint_of(flags, out, until)
         seconds += saved["seconds"]
     return saved, tried, seconds
+
+
+def remove(b, jobs):
+    """For --overwrite: remove the results of these jobs and the trainings that they need. If it is cut short, the same
+    command without --overwrite goes on."""
+    for job in jobs:
+        file_of(b.out, job).unlink(missing_ok=True)
+        if job.training:
+            for end in ("", *(f"-x{x}" for x in searched(b, job.training))):
+                Path(b.out, f"{job.training}{end}", "last.pt").unlink(missing_ok=True)
 
 
 def work(b, group, command, until):
@@ -146,7 +157,8 @@ def work(b, group, command, until):
             continue
         write_result(b.out, job, settings=settings_of(b, job), **books_of(b, job), command=command,
                      torch=torch.__version__, machine=cost.machine_name(stream.machine(b.device)[0]),
-                     train_minutes=seconds / 60, minutes=(time.perf_counter() - start) / 60, measured=found)
+                     date=str(date.today()), train_minutes=seconds / 60,
+                     minutes=(time.perf_counter() - start) / 60, measured=found)
     if failed:
         raise failed
 
@@ -180,8 +192,8 @@ def options(argv):
         raise UserError("--tasks=rates needs what to multiply the learning rates with: --search=0.5,1,2")
     if b.search and not all(re.fullmatch(r"\d*\.?\d+", x) and float(x) for x in b.search.split(",")):
         raise UserError(f"--search={b.search} is no list of numbers with commas between them, such as --search=0.5,1,2")
-    for flag, least in dict(seeds=1, jobs=0, batch=1, segments=1, steps=1, task_steps=0, upto=0, minutes=0, speed=0,
-                            read=2048).items():                 # read: cost is compared with that after 1,024 tokens
+    for flag, least in dict(seed=1, seeds=1, jobs=0, batch=1, segments=1, steps=1, task_steps=0, upto=0, minutes=0,
+                            speed=0, read=2048).items():         # read: cost is compared with that after 1,024 tokens
         if getattr(b, flag) < least:
             raise UserError(f"--{flag}={getattr(b, flag):g} is too little: at least {least}")
     if b.data:
@@ -244,7 +256,7 @@ def main(argv):
             jobs += [Job(task, model, seed) for seed in (seeds[:1] if task in ("cost", "replay") else seeds)]
     if not jobs:
         raise UserError("nothing to do: --tasks=rates is for models without a learning rate of their own")
-    result = lambda job: read_result(b.out, job, settings_of(b, job), **books_of(b, job))
+    result = lambda job: read_result(b.out, job, settings_of(b, job), **books_of(b, job), **machine_of(b, job))
     left = [job for job in jobs if b.overwrite or not result(job)]
     left.sort(key=lambda job: (job.seed, names.index(job.task), parts_of(job.model)[0] not in FIRST))
     on_books = [job for job in left if job.task in suites.ON_BOOKS]
@@ -258,6 +270,8 @@ def main(argv):
         return 0
 
     # do it, and show all that is there
+    if b.overwrite and not b.report:
+        remove(b, left)
     until = time.time() + 60 * (b.minutes or math.inf)
     failed = [] if b.report else run_groups(work, b, groups.values(), command, until)
     results = [found for job in jobs if (found := result(job))]

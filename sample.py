@@ -122,9 +122,11 @@ def main(argv):
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode   # a character may be spread over several tokens
     with cli.catch_stop() as stop:                         # Ctrl-C ends the text, not what was read before
         for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
-            if stop or token.item() == enc.eot_token:
+            if token.item() == enc.eot_token:
                 break
             print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
+            if stop:                                       # what is remembered was printed
+                break
     print(decode(b"", final=True))
     if s.save_memory:
         reader.save(s.save_memory)

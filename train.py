@@ -271,8 +271,8 @@ def train(run, typed, fields, saved, out, rank, world):
             stopped, saves = bool(stop) or now > until, now > saved_at + SAVE_EVERY
             if world > 1:                              # by hand: DDP expects one backward a step, replay makes K
                 for p in model.parameters():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    dist.all_reduce(p.grad)
+                    if p.grad is not None:             # else it has none in any process
+                        dist.all_reduce(p.grad)
                 dist.all_reduce(loss)
                 asked = torch.tensor([stopped, saves], dtype=torch.uint8)     # on the CPU: nothing waits for the device
                 dist.all_reduce(asked, dist.ReduceOp.MAX)                     # all save and stop after the same step
@@ -307,7 +307,8 @@ def train(run, typed, fields, saved, out, rank, world):
                 if done <= start + len(losses):
                     new_log(out, start)
                 with open(out / "log.csv", "a", newline="") as f:
-                    csv.writer(f).writerow([done, mean, val_loss, accuracy, rate, norm, speed, seconds / 60])
+                    row = [done, mean, val_loss, accuracy, rate, norm, speed, seconds / 60]
+                    csv.writer(f, lineterminator="\n").writerow(row)
             if evaluates or stopped or saves:
                 better = evaluates and rank == 0 and val_loss < best
                 best = val_loss if better else best

@@ -43,7 +43,7 @@ def target(path, mark=b"", what=""):
     """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file, or,
     with a mark, for a file that is no `what`: that has the mark in its first bytes."""
     real = Path(os.path.realpath(path))
-    folder = next(p for p in real.parents if p.exists())
+    folder = next((p for p in real.parents if p.exists()), real.parent)    # none: a drive that is not there
     if not folder.is_dir():
         raise UserError(f"cannot write {path}: {folder} is a file")
     if real.exists() and not real.is_file():

@@ -103,10 +103,9 @@ def peek(argv, name, default):
     """The value of one flag before the others can be parsed: --model decides which other flags there are. As in
     `parse`, the last one counts."""
     found = default
-    for i, arg in enumerate(argv):
+    for arg, following in zip(argv, [*argv[1:], ""]):
         flag, equals, text = arg.partition("=")
         if flag == f"--{name}":
-            following = argv[i + 1] if i + 1 < len(argv) else ""
             found = text if equals else following
     return found
 

@@ -24,12 +24,16 @@ from .optim import optimizers_of, schedule
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruments
 
+def wait_for(device):
+    """A function that waits until the device has done all that it was asked for."""
+    return dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(device.type, lambda: None)
+
+
 def seconds(device, *functions, rounds=5, warm=False):
     """Seconds of each function, (functions, rounds). They are timed in turn in every round, so that a slow minute hits
     them alike and their ratio within a round can be trusted. `warm`: call each once more before it is timed, so that
     memory and caches are as it leaves them itself."""
-    times = np.zeros((len(functions), rounds + 1))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times, wait = np.zeros((len(functions), rounds + 1)), wait_for(device)
     for r in range(rounds + 1):
         for i, f in enumerate(functions):
             if warm:
@@ -43,7 +47,9 @@ def seconds(device, *functions, rounds=5, warm=False):
 
 
 def machine_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {'GPU' if device.type == 'mps' else 'CPU'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def race(model, books, held_out, steps, batch, segments, rates=(1e-3, 2e-3, 4e-3
     """
     c, device = model.c, stream.device_of(model)
     loader = Loader(books, batch, segments * c.seg)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = wait_for(device)
     cosine = lambda step: min(1, (step + 1) / max(1, steps // 20)) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
     plain, sides = NanoGPT(c).to(device), [(model, optimizers_of(model), lambda step: schedule(step, steps))]
     for rate in rates:

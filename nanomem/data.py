@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     y: torch.Tensor          # (B, T) target tokens, -1 where nothing is scored
     fresh: torch.Tensor      # (B,) bool: this batch element begins a new book
     position: torch.Tensor   # (B, T) of each target in its book, 0 for the first
-    distance: torch.Tensor   # (B, T) tasks: tokens since the answer stood in the text; 0 in books
+    distance: torch.Tensor   # (B, T) tasks: tokens since the pair that answers stood there; 0 in books
     book: torch.Tensor       # (B,) the number of the book, -1 for none; (B, T) where books are interleaved
 
     def to(self, device):

@@ -212,7 +212,8 @@ def hand_out(model, exercise=""):
 def missing(source):
     """What a source still leaves to be written: its lines and hints."""
     raised = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)]
-    return [dict(line=n.lineno, hint=getattr(n.exc.args[0], "value", "") if n.exc.args else "") for n in raised
+    hint = lambda of: str(of[0].value) if of and isinstance(of[0], ast.Constant) else ""
+    return [dict(line=n.lineno, hint=hint(n.exc.args)) for n in raised
             if ast.unparse(n.exc.func) == "NotImplementedError"]
 
 

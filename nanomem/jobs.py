@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -115,6 +117,11 @@ def read_result(out, job, settings, **books):
     return found if same and all(found.get(k, v) == v for k, v in books.items()) else None
 
 
+def machine_of(b, job):
+    """{"machine": its name}, for what is timed on a device that was asked for by name; else {}."""
+    return {} if job.training or not b.device else dict(machine=cost.machine_name(stream.machine(b.device)[0]))
+
+
 def write_result(out, job, **content):
     """Write the job's file, whole or not at all."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in {**job._asdict(), **content}.items()]
@@ -166,7 +173,7 @@ def plan(b, groups):
     print(f"\n{len(rows)} are left, with {all_tokens / 1e6:,.1f}M training tokens.")
     if all_minutes:
         print(f"The trainings on books need {all_minutes:,.0f} minutes, {math.ceil(all_minutes / 10)} pieces of "
-              f"--minutes=10, if the models are as fast beside gpt as in {os.path.relpath(folder)}. What is measured "
+              f"--minutes=10, if the models are as fast beside gpt as in {folder}. What is measured "
               "after a training, and the small trainings on tasks, come on top.")
 
 
@@ -178,6 +185,15 @@ def begin_process():
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """If the process that started this one is killed, nobody else ends it. At the first signal train.py saves."""
+    multiprocessing.parent_process().join()
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
 
 
 def run_all(function, calls, n):

@@ -37,7 +37,7 @@ def heat_map(path, title, models, columns, values, label, xlabel, ends, log=Fals
         axes.imshow(shade, cmap="cividis", aspect="auto", vmin=low, vmax=high)
         for (i, j), v in np.ndenumerate(grid):
             if np.isfinite(v):
-                dark = not np.isfinite(shade[i, j]) or shade[i, j] < (low + high) / 2
+                dark = shade[i, j] < (low + high) / 2
                 on = INK if not np.isfinite(shade[i, j]) else "white" if dark else "black"
                 axes.text(j, i, label(v), ha="center", va="center", color=on, fontsize=9)
         axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(models)), yticklabels=models,

@@ -37,7 +37,7 @@ def reach(model, books, n=16, farthest=FARTHEST):
     text = np.full((n, T), books.enc.eot_token)                                # the last segment may be padded
     for i in range(n):
         tokens = long[i % len(long)]
-        start = rng.integers(len(tokens) - min(T, len(tokens)) + 1)
+        start = rng.integers(max(1, len(tokens) - T + 1))
         text[i, :len(tokens) - start] = tokens[start:start + T]
     place = BEFORE * S + rng.integers(S, size=n)                               # (n,) of the changed token
     changed = text.copy()

@@ -45,13 +45,16 @@ def interval(ours, theirs, draws=2000):
     """The difference of two losses in nats and its 95% interval over books and seeds: books, and the seeds that both
     models have, are drawn again and again, with replacement. Both models read the same books, with the same seed in the
     same order, so it is their differences that are drawn. ours and theirs: {seed: [nats, scored] of each book}. All
-    three are nan if no seed is common to both; with a single one, the interval is over books alone."""
+    three are nan if no seed is common to both; with a single one, the interval is over books alone, and nan for a
+    single book."""
     seeds, rng = sorted({*ours} & {*theirs}), np.random.default_rng(0)
     if not seeds:
         return np.nan, np.nan, np.nan
     (x, n), (y, _) = (np.moveaxis(np.array([z[seed] for seed in seeds], float), 2, 0) for z in (ours, theirs))
     more, n, S = x - y, n[0], len(seeds)                                       # (seeds, books), (books,)
     mean = more.mean(0)
+    if more.size == 1:
+        return mean.sum() / n.sum(), np.nan, np.nan
     wider = mean + (more - mean) * (S / max(1, S - 1)) ** 0.5                  # draws of S vary too little, by (S-1)/S
     books, chosen = rng.integers(len(n), size=(draws, len(n))), rng.integers(S, size=(draws, S))
     drawn = np.take_along_axis(wider[chosen].mean(1), books, 1).sum(1) / np.maximum(n[books].sum(1), 1)
@@ -60,11 +63,13 @@ def interval(ours, theirs, draws=2000):
 
 
 def difference(ours, theirs, digits=3):
-    """The loss of one part of the books minus another model's, with its interval; ~ where that holds 0. "" if they have
-    no seed in common."""
+    """The loss of one part of the books minus another model's, with its interval, if there is one; ~ where that holds
+    0. "" if they have no seed in common."""
     mean, low, high = interval(ours["by_book"], theirs["by_book"])
     if np.isnan(mean):
         return ""
+    if np.isnan(low):
+        return f"{mean:+.{digits}f}"
     return f"{mean:+.{digits}f} ({low:+.{digits}f} {high:+.{digits}f}){'~' if low <= 0 <= high else ' '}"
 
 

@@ -125,7 +125,7 @@ def open_llm_c(folder, split):
     books = Books(enc, [], [])
     for path in sorted(folder.glob(f"*{dict(validation='val').get(split, split)}*.bin")):
         header = np.fromfile(path, "<i4", 256)
-        if len(header) < 256 or header[0] != MAGIC or path.stat().st_size != 1024 + 2 * header[2]:
+        if len(header) < 256 or header[0] != MAGIC or path.stat().st_size != 1024 + 2 * int(header[2]):
             raise UserError(f"{path} is neither a shard of nanomem nor of llm.c")
         tokens = np.memmap(path, "<u2", "r", offset=1024)
         starts = np.flatnonzero(tokens == enc.eot_token)

@@ -18,8 +18,9 @@ def machine(device="", dtype="", compile=None):
     try:
         device = torch.device(name)
         assert device.type in ("cpu", "cuda", "mps")
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, AttributeError):
@@ -187,7 +188,8 @@ def evaluate(model, loader, batches=None, dtype=None, like=(), change=lambda sta
             nll.append(F.cross_entropy(logits.transpose(1, 2).float(), y, ignore_index=-1, reduction="none"))
             correct.append(logits.argmax(-1) == y)
         yield batch, torch.cat(nll, 1), torch.cat(correct, 1)
-        batches = batches and batches - 1
+        if batches is not None:
+            batches -= 1
 
 
 class Reader:

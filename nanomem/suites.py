@@ -140,8 +140,8 @@ TASKS = dict(
 )
 TASKS["recall_bytes"] = replace(
     TASKS["recall"], about="as recall, with states of 32 KB: " + TASKS["recall"].about,
-    models=("window:window=31", "rmt:mem=127", "hmt:bank=32", "memformer:mem=128", "memoryllm:slots=62",
-            "mplus:new=4:slots=32:store=19", "mamba:state=60", "deltanet:state=52", "infini:heads=1", "titans",
+    models=("window:window=31", "rmt:mem=127", "hmt:mem=15:bank=8", "memformer:mem=128", "memoryllm:slots=62",
+            "mplus:new=8:slots=24:store=20", "mamba:state=60", "deltanet:state=52", "infini:heads=1", "titans",
             "bmojo_f", "bmojo:window=2:eidetic=6", "gca:bank=5", "landmark:bank=7"))
 TASKS["noise"] = replace(
     TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",

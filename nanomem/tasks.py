@@ -1,7 +1,7 @@
 """Synthetic tasks: texts that hide a few facts and ask for them later. They come in the same batches as books.
 
 Each generator makes B texts of T tokens and returns three arrays (B, T): inputs x; targets y, -1 where nothing is
-scored; and distances, the number of tokens between a question and the place where its answer stood, 0 elsewhere.
+scored; and distances, from a question back to the pair that answers it, in tokens from key to key, 0 elsewhere.
 In the examples, letters are keys, digits are values, dots are filler, and _ means that nothing is scored.
 
 Settings may follow the name of a task: --data=recall:pairs=8
@@ -59,13 +59,14 @@ def put_pairs(rng, x, y, distances, pairs, asks, mixed=False):
 def recall(rng, B, T, pairs=2, asks=0, mixed=False):
     """Key-value pairs lie in filler. Each key comes back `asks` times and asks for its value, which follows again.
 
-        inputs    . . A 3 B 7 . . A 3 . . B 7 A 3
-        targets   _ _ _ _ _ _ _ _ 3 _ _ _ 7 _ 3 _
-        distance                  6       8   6       tokens since the pair was last seen
+        inputs    . . A 3 B 7 . . A 3 . . B 7 . .
+        targets   _ _ _ _ _ _ _ _ 3 _ _ _ 7 _ _ _
+        distance                  6       8           tokens since the pair was last seen
 
     The pairs stand at even places. All choices of places are equally likely, and so are all orders of the pairs: some
     questions are near their answer, some are far. With asks=0, the pairs fill about half of the text. With `mixed`,
-    each text draws how many different pairs it has, from 1 to `pairs`, all equally likely: many are learned after few.
+    each text draws how many different pairs it has, from 1 to `pairs`, all equally likely (fewer pairs come back more
+    often): many are learned after few.
     """
     asks = asks or T // (4 * max(1, pairs)) - 1
     x = filler(rng, B, T)
@@ -177,7 +178,7 @@ def retain(rng, B, T, facts=0, chunk=4):
 
         inputs    . A 3 .|. . . .|. . B 7|A . . .|. . . .|B . . .
         targets   _ _ _ _|_ _ _ _|_ _ _ _|3 _ _ _|_ _ _ _|7 _ _ _
-        distance                          11              10      divided by chunk: the chunks in between
+        distance                          11              10      divided by chunk, rounded down: chunks in between
 
     Each fact is asked for once. All choices of chunks are equally likely; of two that belong together, the first tells.
     With facts=0 there are 16 facts, or as many as fit.

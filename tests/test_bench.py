@@ -197,6 +197,24 @@ def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings,
     assert len(trainings) == 3 and bench.options([])[0].out != bench.options(["--suite=night"])[0].out
 
 
+def test_overwrite_that_is_cut_short_leaves_nothing_old(tmp_path, shards, trainings, capsys):
+    """A model has changed: neither its old numbers nor its old weights may come back."""
+    argv = [*SMALL, "--models=gpt,rmt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}"]
+    bench.main(argv)
+    bench.main([*argv, "--overwrite", "--minutes=1e-9"])
+    assert "0 of 2 jobs are done: the same command without --overwrite goes on" in capsys.readouterr().out
+    bench.main(argv)
+    assert len(trainings) == 4
+
+
+def test_what_was_timed_on_another_device_is_not_taken(tmp_path):
+    b, job = bench.options(["--device=cpu"])[0], jobs.Job("cost", "gpt", 1)
+    assert jobs.machine_of(b, job) == dict(machine=cost.machine_name(torch.device("cpu")))
+    assert jobs.machine_of(bench.options([])[0], job) == jobs.machine_of(b, jobs.Job("recall", "gpt", 1)) == {}
+    jobs.write_result(tmp_path, job, settings={}, machine="a GPU", measured={})
+    assert jobs.read_result(tmp_path, job, {}) and not jobs.read_result(tmp_path, job, {}, **jobs.machine_of(b, job))
+
+
 def test_results_of_other_books_are_not_taken(tmp_path, trainings):
     """The shards were made again, in the same folder."""
     folder, argv = tmp_path / "shards", [*SMALL, "--models=gpt", "--tasks=books", f"--out={tmp_path / 'out'}"]
@@ -248,6 +266,47 @@ def test_side_by_side_is_one_after_the_other(tmp_path, shards, monkeypatch):
 def test_a_process_that_is_killed_is_named_too():
     errors = [error for _, error in jobs.run_all(os._exit, [(1,), (1,)], 2)]
     assert all(jobs.describe(error)[0].startswith("BrokenProcessPool: ") for error in errors) and len(errors) == 2
+
+
+BUSY = """
+import os, sys, time
+from pathlib import Path
+from nanomem import jobs
+
+def work(folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(jobs.run_all(work, [(sys.argv[1],)] * 2, 2))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows")
+def test_the_processes_end_with_the_one_that_began_them(tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
+    (tmp_path / "at_work").mkdir()
+    env = dict(os.environ, PYTHONPATH=str(Path(bench.__file__).parent))
+    main = subprocess.Popen([sys.executable, tmp_path / "busy.py", tmp_path / "at_work"], env=env)
+
+    def wait(done):
+        until = time.time() + 60
+        while not done() and time.time() < until:
+            time.sleep(0.1)
+        return done()
+    at_work = lambda: [int(path.name) for path in (tmp_path / "at_work").iterdir()]
+    assert wait(lambda: len(at_work()) == 2)
+    main.kill()
+    main.wait()
+
+    def ended(pid):
+        try:
+            os.kill(pid, 0)                                            # only asks
+        except ProcessLookupError:
+            return True
+        state = Path(f"/proc/{pid}/stat")                              # ended, though its new parent has not looked yet
+        return state.exists() and ") Z " in state.read_text()
+    assert wait(lambda: all(map(ended, at_work())))
 
 
 # settings

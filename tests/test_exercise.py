@@ -92,6 +92,7 @@ def test_a_body_that_is_missing_says_so_when_it_is_needed(model, part, tmp_path)
 def test_all_exercises_of_a_model_are_handed_out_and_no_solution_is_overwritten(tmp_path, capsys):
     out = tmp_path / "homework" / "hmt.py"
     assert exercise.main(["hmt", f"--out={out}"]) == 0 and "8 bodies to fill in" in capsys.readouterr().out
+    assert missing("def f(x):\n    raise NotImplementedError(x.y)") == [dict(line=2, hint="")]      # a student's own
     assert {m["hint"] for m in missing(out.read_text())} == set().union(*map(hints, EXERCISES["hmt"]))
     with pytest.raises(UserError, match="is there already, perhaps with a solution in it"):
         exercise.main(["hmt", f"--out={out}"])

@@ -178,7 +178,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
         ('self.memory.ask(z, memory["before"]) if mac', 'self.memory.ask(z, after["w"]) if mac',
          "no_token_sees_the_future"),
         ("key=line[:, :, -1:])", "key=line[:, :, :1])", "any_cut_of_a_segment_gives_the_single_call"),
-        ("theta.sigmoid() * (1 - eta.exp())", "theta.sigmoid()", "a_text_of_equal_tokens_does_not_blow_up"),
+        ("theta.sigmoid() * (1 - log_eta.exp())", "theta.sigmoid()", "a_text_of_equal_tokens_does_not_blow_up"),
         ("y = f0 * (inputs @ w.mT) + fe0 *", "y = f0 * (inputs @ w.mT) - fe0 *",
          "chunks_in_matrix_products_are_a_loop_over_tokens"),
         ("F.logsigmoid(-alpha)", "F.logsigmoid(alpha)",

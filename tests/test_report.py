@@ -31,6 +31,15 @@ def test_an_interval_is_as_wide_as_the_seeds_differ(seeds):
     assert 0.6 * 2 * half < high - low < 1.1 * 2 * half                        # few seeds have few different means
 
 
+def test_one_book_with_one_seed_has_no_interval():
+    ours, theirs = {1: [[50.0, 100]]}, {1: [[60.0, 100]]}
+    mean, *ends = report.interval(ours, theirs)
+    assert mean == -0.1 and np.isnan(ends).all()
+    assert report.difference(dict(by_book=ours), dict(by_book=theirs)) == "-0.100"
+    models = dict(full=dict(books=dict(all=dict(by_book=ours))), window=dict(books=dict(all=dict(by_book=theirs))))
+    assert "| open" in claims(models) and "holds" not in claims(models)
+
+
 def test_seeds_are_compared_by_number_and_only_those_of_both():
     ours, theirs = losses(9.0, 1.0), losses(2.0, 7.0, first=2)                 # seeds 1 and 2, and seeds 2 and 3
     assert report.interval(ours, theirs) == (-1.0, -1.0, -1.0)
@@ -141,7 +150,7 @@ def test_a_store_keeps_longer_or_not():
 
 
 def test_an_ablation_is_not_taken_for_the_model_of_a_paper():
-    recall = dict(recall=[dict(start=i, accuracy=0.5 * i, questions=9) for i in (0, 1)])
+    recall = dict(recall_bytes=[dict(start=i, accuracy=0.5 * i, questions=9) for i in (0, 1)])
     assert claims({"deltanet:rule=gated": recall, "mamba:conv=no": recall, "titans:momentum=no": recall}) == ""
     assert "Gated DeltaNet" in claims(dict(deltanet=recall, mamba=recall))
 
@@ -177,16 +186,19 @@ def test_a_model_beats_another_on_books_or_not():
 
 
 def test_one_model_recalls_more_than_another_or_not():
-    columns = lambda *each: dict(recall=[dict(start=i, accuracy=a, questions=q) for i, (a, q) in enumerate(each)])
-    models = dict(deltanet=columns((0, 9), (0.9, 30), (0.5, 10)), mamba=columns((1, 9), (0.5, 40)))
-    assert "80% from before the segment, mamba 50%" in claims(models) and "does not hold" not in claims(models)
-    models["deltanet"] = columns((1, 9), (0.54, 40))
+    columns = lambda *each: [dict(start=i, accuracy=a, questions=q) for i, (a, q) in enumerate(each)]
+    names = deltanet, mamba = "deltanet:state=52", "mamba:state=60"            # with states of the same size
+    models = {deltanet: dict(recall_bytes=columns((0, 9), (0.9, 30), (0.5, 10))),
+              mamba: dict(recall_bytes=columns((1, 9), (0.5, 40)))}
+    assert "80% from before the segment, mamba 50% (recall_bytes)" in claims(models)
+    assert "does not hold" not in claims(models)
+    models[deltanet]["recall_bytes"] = columns((1, 9), (0.54, 40))
     assert "54% from" in claims(models) and "does not hold" in claims(models)
-    same = {"deltanet:state=52": columns((0, 9), (1, 9)), "mamba:state=60": columns((0, 9), (0, 9))}
-    models.update({model: dict(recall_bytes=r["recall"]) for model, r in same.items()})
-    assert "100% from before the segment, mamba 0% (states of 32 KB)" in claims(models)
-    models["mamba:state=60"]["recall_bytes"][1]["accuracy"] = 0.96             # both know nearly all
-    assert "mamba 96% (states of 32 KB) | open |" in claims(models)
+    for name in names:                                                         # both know nearly all
+        models[name]["recall_bytes"] = columns((0, 9), (0.97, 40))
+    assert "mamba 97% (recall_bytes) | open |" in claims(models)
+    other = dict(recall=columns((0, 9), (1, 9)))                               # with states of other sizes: no claim
+    assert claims(dict(deltanet=other, mamba=other)) == "" and "Landmark" in claims(dict(landmark=other, full=other))
 
 
 def test_gradient_through_more_segments_helps_or_not():

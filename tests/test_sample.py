@@ -1,5 +1,6 @@
 """sample.py: any prompt, any length, the memory kept in a file."""
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_greedy_text_is_what_one_loop_over_all_predicts(say, out):
             ids.pop()
             break
     assert text == enc.decode(ids[1:], errors="replace") + "\n"
+
+
+def test_what_is_remembered_after_ctrl_c_was_printed(out, tmp_path, capsys, monkeypatch):
+    real = stream.Reader.generate
+
+    def generate(self, *args):
+        for i, token in enumerate(real(self, *args)):
+            if i == 3:
+                signal.raise_signal(signal.SIGINT)                                 # while this one is made
+            yield token
+    monkeypatch.setattr(stream.Reader, "generate", generate)
+    monkeypatch.setattr(sample, "picker", lambda *_: lambda logits: torch.full((len(logits), 1), ord("a")))
+    capsys.readouterr()
+    assert sample.main([out, f"--save-memory={tmp_path / 'm.pt'}"]) == 130
+    said = capsys.readouterr()
+    assert said.out == "aaaa\n" and said.err.startswith("5 tokens are remembered")    # and the one before every book
 
 
 @pytest.mark.parametrize("length", [1, S - 2, S - 1, 3 * S + 4])

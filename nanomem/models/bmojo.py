@@ -1,7 +1,7 @@
 """B'MOJO: one attention over three memories: the last tokens, outputs of a state space, and tokens that surprised it.
 
     u inputs of a layer, raw tokens     y outputs of its state space, fading tokens
-    M eidetic tokens     W tokens in the attention window, the token itself counts, and in a chunk: the paper's w
+    M eidetic tokens     W tokens in an attention window, itself included, and in a chunk (the paper's w)
 """
 import re
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ SPAN = 3   # outputs whose mean predicts the next one, k of algorithm 1
 @dataclass
 class Config(mamba.Config):
     mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
-    window: int = -1             # W, raw tokens seen, its own too; -1: a quarter of a segment; 0: no past, GPT
-    eidetic: int = -1            # M, tokens kept, those of most surprise so far; -1: as many as W
+    window: int = -1             # W, raw tokens seen, itself included; -1: a quarter of a segment; 0: its segment only
+    eidetic: int = -1            # M, tokens kept, those of most surprise so far; -1: W, or none with window=0
     fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the W before the window
     rope: bool = True            # positions, counted within two windows; the paper has none
-    select: str = "innovation"   # tokens that are kept: innovation, random, or those of an oracle, ids lo-hi
+    select: str = "innovation"   # tokens that are kept: innovation, random, or, of an oracle, ids lo-hi (hi excluded)
 
     past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are left of the chunk before: W or 0
-                    next(w for w in range(max(1, c.seg // 4), 0, -1) if c.seg % w == 0))
+                    max(w for w in range(1, max(1, c.seg // 4) + 1) if c.seg % w == 0))
     W = property(lambda c: c.past or c.seg)
     M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
 
@@ -131,7 +131,7 @@ class Attention(gpt.Attention):
             seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
             p = memory["position"][:, None, :M]                                # (B, 1, M)
-            offset = torch.full((M,), -W, device=device)                       # near: p - s has no limit
+            offset = torch.full((M,), -W, device=device)                       # all at -W: p - s has no limit
             seen.append((memory["eidetic"], offset, (p <= t - W) & (p >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
@@ -218,8 +218,8 @@ class BMojo(Mamba):
         return Layer(self.c, kinds[l % len(kinds)])
 
     def fixed(self, tokens, t):
-        """For ablations, what stands in the place of the innovations (B, T): a number between 0 and 1 by the token and
-        its position, as if drawn; or, of an oracle, more for its tokens than for others, and more for newer ones."""
+        """For ablations, scores (B, T) in place of the innovations. random: a hash of the token and its position. An
+        oracle's: high for its tokens, low for others, and higher for newer ones."""
         if self.c.select == "innovation":
             return None
         if self.c.select == "random":
@@ -258,4 +258,5 @@ class BMojo(Mamba):
         p = torch.cat(seen, 2).repeat_interleave(self.c.W, 1)                  # (B, T, L M)
         t = n[:, None, None] - torch.arange(p.size(1), 0, -1, device=n.device)[:, None]
         p = p.where(p <= t - self.c.W, -1)
-        return torch.stack([p, p + (p >= 0)], 3), torch.full(p.shape, torch.nan, device=n.device)
+        spans = torch.stack([p, p + 1], 3).masked_fill(p[..., None] < 0, -1)
+        return spans, torch.full(p.shape, torch.nan, device=n.device)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a matrix as memory. A token does not add its value: it corrects what the matrix says to its key.
+"""Gated DeltaNet: a matrix as memory. A token does not add its value: it corrects the value stored for its key.
 
     N channels of a key     Q tokens in a chunk     h the matrices of all heads
     a log of the decay, a <= 0     b how much of the error is corrected, 0 to 1     (in the paper S, log alpha, beta)
@@ -25,7 +25,7 @@ class Config(mamba.Config):
 
 
 # The gated delta rule (eq. 10). For each head
-#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)     the error: the value minus what h says to the key
+#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)     the error: the value minus what h returns for the key
 #     h_t = exp(a_t) h_{t-1} + u_t k_t^T               (D, N)
 #     o_t = h_t q_t                                    (D,)
 # Multiplied out, this is h_t = h_{t-1} exp(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T, as the paper writes it.
@@ -124,8 +124,8 @@ class DeltaNet(Mamba):
              2406.06484; rule=gated is gated linear attention (in the paper's terms Mamba-2), with b_t in front of v_t
     departs  one inner width C, keys as wide as values, unless `state` says otherwise (paper: half as wide); decays
              start as in mamba, for short training; the convolution is added to its input; no weights in the norm of o,
-             which `out` can learn; q is not scaled by N^-1/2, since o has a norm; an MLP follows, so that a layer has
-             the size of GPT's
+             which `out` can learn; q is not scaled by N^-1/2, since o has a norm; the MLP has a squared ReLU (paper:
+             SwiGLU), and the width that gives a layer the size of GPT's
     """
     Config = Config
 

@@ -27,7 +27,7 @@ class Config(gpt.Config):
                  max(d for d in range(1, max(1, min(64, c.seg // 4)) + 1) if c.seg % d == 0))
     U = property(lambda c: c.m + (c.topk > 0))                             # positions of a chunk: tokens and a landmark
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.U)
-    kept = property(lambda c: c.W + 1 if c.W else 0)                       # one more, half of the next one's key
+    kept = property(lambda c: c.W + 1 if c.W else 0)                       # one more: half of its key is in the next
     s = property(lambda c: c.seg // c.m)                                   # chunks of a segment
     M = property(lambda c: 0 if not c.topk else c.bank if c.bank >= 0 else max(c.topk, 8 * c.s))
     lower = property(lambda c: c.layers // 2 if c.topk else c.layers)      # layers that do not see the bank
@@ -95,10 +95,11 @@ class GCA(GPT):
     write    the chunks of a full segment come in, and the oldest go
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
     departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
-             all retrieval goes, do not start at zero; 4 chunks and a window of 4 (code: 8 and 8), and no sink, which
-             its runs on books have; a chunk goes when M newer ones are there (paper: all stay); the Gumbel noise that
-             explores in training is a function of the two chunks' numbers; a question outlives its segment (in the code
-             the first chunk of a segment finds nothing)
+             all retrieval goes, do not start at zero; k = 4, a window of 4 chunks (code: 8 and 8), and no sink (the
+             code has one on books); chunks of at most a quarter of a segment (code: 63 or 64 tokens); a segment sees
+             chunks that are still kept at its end (paper: all stay); the Gumbel noise that explores in training is a
+             function of the two chunks' numbers; what the last landmark of a segment asks is found in the next one (in
+             the code the first chunk of a segment finds nothing)
     """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
@@ -130,8 +131,8 @@ class GCA(GPT):
                     near=zeros(c.layers, 2, c.heads, c.kept, c.head_dim))
 
     def read(self, state):
-        """A segment begins: the state, to whose keys those of the segment's chunks will be added; their bank entries
-        (new); the open chunk as the lower layers put it out; what was found for it (found) and for the others."""
+        """The cache: the state, and of this segment the bank entries of its chunks (new; their keys join `key`), the
+        open chunk after the lower layers (open), what was found for it (found) and for the others (picks, weights)."""
         c, B, empty = self.c, len(state["n"]), state["ask"].new_zeros
         near = [layer.unbind(1) for layer in state["near"].unbind(1)]          # L times k, v (B, H, W+1, D)
         return dict(state, near=near, new=empty(B, 0, c.heads, c.m, 2 * c.head_dim), open=empty(B, 0, c.width),
@@ -155,7 +156,7 @@ class GCA(GPT):
         if full:
             x = torch.cat([x, self.landmark.expand(B, n, 1, -1)], 2)           # (B, n, u+1, C)
         by_chunk = lambda x: x.unflatten(1, (n, -1))                           # (B, R, C) -> (B, n, u or u+1, C)
-        x, near = x.flatten(1, 2), []                                          # (B, R, C): landmarks are positions, too
+        x, near = x.flatten(1, 2), []                                          # (B, R, C): R tokens and landmarks
         P, R = cache["near"][0][0].size(2), x.size(1)
         A = max(d for d in range(1, max(c.W // 2, c.U) + 1) if R % d == 0)     # queries that share a block of the mask
         mask = window_mask(c.kept - cache["n"] * c.U, P, R, c.W, A) if c.W else None

@@ -152,7 +152,7 @@ class GPT(nn.Module):
              ReLU, embeddings with a norm, no biases, untied head, MLPs that start at zero
     """
     Config, Attention = Config, Attention   # another model puts its own here
-    parallel = 1                            # segments that one call may bring: more where none waits for another
+    parallel = 1                            # segments that one call may take: many where none waits for a write
 
     def __init__(self, c):
         super().__init__()

@@ -70,7 +70,8 @@ class HMT(RMT):
     def scored(self):
         """With query=paper the first j tokens are in P, so that the first j-1 predictions have seen their target."""
         count = super().scored()
-        count[:self.c.j - 1] &= self.c.query != "paper"
+        if self.c.query == "paper":
+            count[:self.c.j - 1] = False
         return count
 
     def sensory(self, state):

@@ -31,8 +31,8 @@ def recall(q, M, z):
 
 
 def store(k, v, M, z, delta):
-    """The memory after a segment with keys and values (B, H, S, D). Delta: store only what differs from what the memory
-    says already. All tokens compare with the memory from before the segment."""
+    """The memory after a segment with keys and values (B, H, S, D). Delta: store only how the values differ from what
+    the memory returns already. All tokens compare with the memory from before the segment."""
     if delta:
         v = v - recall(k, M, z)                                                # eq. 9
     return M + positive(k).mT @ v, z + positive(k).sum(2)                      # eq. 8
@@ -97,7 +97,7 @@ class Infini(GPT):
         """For every layer three empty tensors (B, H, 0, D), for keys and values of the segment, and its M and z."""
         if not state:
             return None
-        return [(*[M[:, :, :0]] * 3, M, z) for M, z in zip(state["M"].unbind(1), state["z"].unbind(1))]
+        return [(M[:, :, :0],) * 3 + (M, z) for M, z in zip(state["M"].unbind(1), state["z"].unbind(1))]
 
     def write(self, cache, state):
         if not state:

@@ -83,8 +83,8 @@ class Attention(gpt.Attention):
     def retrieve(self, q, cache):
         """The k blocks of the bank whose landmarks score best with each query: the scores of the landmarks
         (B, H, T+n, k), -inf where there is none, and of the tokens (B, H, T+n, k, l); their values; and which blocks
-        these are (B, H, T+n, k). Few queries fetch their blocks. Many would fetch more than the whole bank: they see
-        all of its M blocks, the same values, and the landmarks of the others have -inf."""
+        these are (B, H, T+n, k). Where these would be more than the whole bank, nothing is gathered: all M blocks come
+        in place of k, and landmarks that a query did not pick have -inf."""
         rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
         best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                  # (B, H, T+n, k)
         mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)

@@ -1,6 +1,6 @@
 """Mamba-2: a state that every token changes and reads, and that forgets at a rate which depends on the token.
 
-    N channels by which the state of a head is written and read     Q tokens in a chunk     h the states of all heads
+    N state size, the length of b and c     Q tokens in a chunk     h the states of all heads
     x values    b keys    c queries    dt step    a log of the decay, a <= 0    (in the paper X, B, C, Delta, log A)
     A in ssd: the sum of a since the chunk began
 """
@@ -19,7 +19,7 @@ TAPS = 4   # tokens that the short convolution sees: a token and the three befor
 
 @dataclass
 class Config(gpt.Config):
-    state: int = -1      # N, channels by which a head's state is written and read; -1: as wide as the head
+    state: int = -1      # N, state size: the state of a head is D x N; -1: N = D
     conv: bool = True    # a short convolution, which ties each token to the three before it
 
     N = property(lambda c: c.state if c.state > 0 else c.head_dim)
@@ -98,7 +98,7 @@ def short_conv(u, last, taps):
 def remaining_hidden(c, layer):
     """Hidden channels of an MLP, a multiple of 8, with which this layer has as many parameters as a layer of GPT."""
     remaining = (4 * c.width + 2 * c.hidden) * c.width + c.heads - sum(p.numel() for p in layer.parameters())
-    return max(8, remaining // (16 * c.width) * 8)
+    return max(8, remaining // (2 * c.width) // 8 * 8)
 
 
 class Layer(nn.Module):
@@ -132,10 +132,10 @@ class Mamba(GPT):
     read     y_t = h_t c_t + skip x_t at every token
     write    h_t = exp(a_t) h_{t-1} + dt_t x_t b_t^T at every token: the end of a segment changes nothing
     paper    Mamba-2 2405.21060: eq. 2 (selective state space), section 6 (chunks), section 7.1 (block)
-    departs  the inner width, of x, is C (paper: 2C); the convolution comes before the projection and is added to its
-             input (paper: on x, b and c after it, with a SiLU, which is left out); b and c have a norm, as keys and
-             queries have; steps start longer and decays slower (A at 0.01 to 1, paper: 1 to 16), for short training; an
-             MLP follows, so that a layer has the size of GPT's
+    departs  the inner width, of x, is C (paper: 2C), and N that of a head (released code: 128); the convolution comes
+             before the projection and is added to its input (paper: on x, b and c after it, with a SiLU, which is left
+             out); b and c have a norm, as keys and queries have; steps start longer and decays slower (A at 0.01 to 1,
+             paper: 1 to 16), for short training; an MLP follows, so that a layer has the size of GPT's
     """
     Config = Config
     parallel = math.inf                     # nothing waits for the end of a segment

@@ -49,7 +49,7 @@ class Writer(nn.Module):
 
     A slot looks at itself and at the tokens, never at another slot. Its own value enters as it is, and nothing is
     projected afterwards, so a slot that looks only at itself stays what it was. Then the forgetting vector v pulls it
-    towards v / |v|. Of the angle between a slot that is not refreshed and v, each write leaves about the part
+    towards v / |v|. Each write multiplies the angle between v and a slot that is not refreshed by about
     1 / (1 + |v| / |mem|); that is exact in the limit of small angles.
     """
 
@@ -84,11 +84,11 @@ class Memformer(GPT):
              mem'_i = sqrt C (z_i + v_i) / |z_i + v_i|,  and sqrt C v_i / |v_i| to begin with
     paper    Memformer 2010.06891, the text of 2022: memory reader, slot attention, biased memory normalisation. Its
              memory replay is stream.replay
-    departs  one causal GPT for encoder and decoder, with one memory for all layers (the decoder of the text of 2020 has
-             one for each): it writes from causal hidden states (bidir: from both sides), and at the first token of a
-             segment memory is all that is known of the past (back: the segment before, too); slots have norm sqrt C as
-             hidden states do, not 1, so that at the start a slot counts as much as a token; a slot's query begins as
-             its key, so that it lasts; we do not know the paper's tau
+    departs  one causal GPT in place of encoder and decoder, and one memory for all layers (the version of 2020 has a
+             decoder with one for each). So the writer sees causal hidden states (bidir: from both sides), and the first
+             token of a segment knows the past from memory alone (back: also the segment before). Slots have norm sqrt C
+             as hidden states do, not 1, so that at the start a slot counts as much as a token. A slot's query begins as
+             its key, so that it lasts. We do not know the paper's tau
     """
     Config = Config
 

@@ -52,9 +52,9 @@ class MemoryLLM(GPT):
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
     departs  trained from scratch on the next token, all weights, one set of them for both passes, where the paper adds
              LoRA to Llama and has three ways to train; gradient goes through all writes of a BPTT window (paper:
-             through one, in one of the three). Half of a key comes from the vector before it, as in all our models,
-             whichever that is in the pool. N is 8 K (paper: 30 K). What drops out comes from a table of random choices,
-             so that replay and resume repeat it. Empty slots are masked (in the paper: random vectors)
+             through one, in one of the three). Half of a key comes from whichever vector stands before it, as half
+             comes from the token before in all our models. N is 8 K (paper: 30 K). What drops out comes from a table of
+             random choices, so that replay and resume repeat it. Empty slots are masked (in the paper: random vectors)
     """
     Config = Config
 

@@ -31,7 +31,7 @@ class Config(gpt.Config):
 
 
 def bend(a):
-    """SiLU, scaled so that a vector of length 1 keeps a length near 1."""
+    """SiLU, scaled so that a vector of length 1 keeps a length of about 0.6, whatever its size."""
     return F.silu(a * a.size(-1) ** 0.5) / a.size(-1) ** 0.5
 
 
@@ -52,7 +52,7 @@ def products(log):
     return (total - total.mT).tril().exp().tril(), total.exp()                 # above the diagonal exp may overflow
 
 
-def descend(w, s, q, grads, theta, eta, keep):
+def descend(w, s, q, grads, theta, log_eta, log_keep):
     """Gradient descent over a chunk of T tokens, without a loop. For a layer with gradients d x^T, keep = 1 - alpha:
 
         s_t = eta_t s_{t-1} - theta_t d_t x_t^T              (eq. 14)
@@ -64,12 +64,12 @@ def descend(w, s, q, grads, theta, eta, keep):
         s_t = e_t0 s_0 - sum_i e_ti theta_i d_i x_i^T
         w_t = f_t0 w_0 + sum_j f_tj s_j = f_t0 w_0 + (f e)_t0 s_0 - sum_i (f e)_ti theta_i d_i x_i^T     (eq. 16, 18)
 
-    So w_t times a vector is attention without a softmax. theta and the logarithms of eta and keep are (B, H, T).
+    So w_t times a vector is attention without a softmax. theta, log_eta and log_keep are (B, H, T).
     Returns Mem_t(q_t) (B, H, T, D), each token asking the weights that it leaves, and the last w and s."""
-    (e, e0), (f, f0), theta = products(eta), products(keep), theta[:, :, None]
+    (e, e0), (f, f0), theta = products(log_eta), products(log_keep), theta[:, :, None]
     fe0, fe, last_w, last_s = f @ e0, f @ e * theta, [], []
     for layer, (w, s, (d, x)) in enumerate(zip(w, s, grads)):
-        inputs = bend(q + y) if layer else q                                   # y: what the first layer says
+        inputs = bend(q + y) if layer else q                                   # y: the output of the first layer
         y = f0 * (inputs @ w.mT) + fe0 * (inputs @ s.mT) - (fe * (inputs @ x.mT)) @ d
         last_w.append(f0[:, :, -1:] * w + fe0[:, :, -1:] * s - (fe[:, :, -1:].mT * d).mT @ x)
         last_s.append(e0[:, :, -1:] * s - ((e[:, :, -1:] * theta).mT * d).mT @ x)
@@ -87,7 +87,7 @@ class Memory(nn.Module):
         self.bias = nn.Parameter(torch.tensor([0, 0, -6.0]).repeat_interleave(c.heads))  # of theta, eta and alpha
 
     def ask(self, x, w):
-        """What a memory with weights w says to tokens x (B, T, C), eq. 15 with a norm -> (B, T, C)."""
+        """The answers of a memory with weights w to tokens x (B, T, C), eq. 15 with a norm -> (B, T, C)."""
         with full_precision(x):
             q = F.normalize(split_heads(self.q(x), self.c.heads).type_as(w[0]), dim=-1)    # (B, H, T, D)
             y = bend(q + q @ w[0].mT) @ w[1].mT if len(w) == 2 else q @ w[0].mT
@@ -105,10 +105,10 @@ class Memory(nn.Module):
             at, w, s = memory["at"], memory["w"], memory["s"]
             q, k, v = (F.normalize(z.type_as(w[0]), dim=-1) for z in (q, k, v))
             theta, eta, alpha = (self.rates(x) + self.bias).type_as(w[0]).mT.chunk(3, 1)     # (B, H, T)
-            eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)        # log eta
-            theta = theta.sigmoid() * (1 - eta.exp()) * min(1, 2 / c.chunk / c.depth)
-            keep = F.logsigmoid(-alpha) * c.forget                             # log keep
-            parts = zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, eta, keep)))
+            log_eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)
+            theta = theta.sigmoid() * (1 - log_eta.exp()) * min(1, 2 / c.chunk / c.depth)
+            log_keep = F.logsigmoid(-alpha) * c.forget
+            parts = zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, log_eta, log_keep)))
             for i, (q, k, v, *rates) in enumerate(parts):
                 if i > 0 or P % c.chunk == 0:                                  # a chunk begins: its gradients are at w
                     at = w
@@ -156,20 +156,23 @@ class Titans(GPT):
              memory before the segment. mag: the answer of the memory as it is after token t gates attention
     write    eq. 13 and 14 at every token: from what attention made of it (mac), or from the layer's input (mag)
     paper    Titans 2501.00663: eq. 12-15 (memory), 16-18 (chunks), 19 (persistent tokens), 21-25 (mac), 26-28 (mag)
-    departs  a memory for each head; a deep one has a residual connection, or it would be dead once its weights have
-             faded to 0; queries, keys and values have length 1, no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta)
-             sigmoid(.), or Q equal tokens would overshoot; keys take half of their channels from the token before
-             (paper: convolutions); answers get a norm, and the gate is 2 sigmoid(scale m). Persistent tokens: in each
-             layer, for attention only. w is 0 when a text begins. mac: no token sees the answer to a later one, or what
-             its own segment wrote (eq. 25: it does); an answer stands where its token does (paper: before the segment);
-             it writes from input + output of attention. mag: attention to the segment only (paper: sliding)
+    departs  a memory for each head, of depth 1 (in the paper deeper ones do better); a deep one has a residual
+             connection, or it would be dead once its weights have faded to 0; queries, keys and values have length 1,
+             no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; keys
+             take half of their channels from the token before (paper: convolutions); answers get a norm, and the gate
+             is 2 sigmoid(scale m). Persistent tokens: in each layer, for attention only. w is 0 when a text begins.
+             mac: no token sees the answer to a later one, or what its own segment wrote (eq. 25: it does); an answer
+             stands where its token does (paper: before the segment); it writes from input + output of attention. mag:
+             attention to the segment only (paper: sliding)
     """
     Config, Attention = Config, property(lambda self: TitansAttention if self.c.depth else gpt.Attention)
 
     def init_state(self, B):
-        c, device = self.c, self.head.weight.device
-        shape = B, c.layers, c.depth, c.heads, c.head_dim, c.head_dim
-        return {name: torch.zeros(shape, device=device) for name in ("w", "s")[:1 + c.momentum] if c.depth}
+        c = self.c
+        if not c.depth:
+            return {}
+        w = torch.zeros(B, c.layers, c.depth, c.heads, c.head_dim, c.head_dim, device=self.head.weight.device)
+        return dict(w=w, s=w.clone()) if c.momentum else dict(w=w)
 
     def read(self, state):
         """For each layer: no keys and values of the segment yet, those of the persistent tokens, before position 0, and
@@ -181,7 +184,8 @@ class Titans(GPT):
         for block, w, s in zip(self.blocks, w.unbind(1), s.unbind(1)):
             w, s, persist = w.unbind(1), s.unbind(1), norm(block.attention.persist).expand(len(w), -1, -1)
             memory = dict(w=w, s=s, at=w, before=w, key=torch.zeros_like(w[0][:, :, :1]))
-            layers.append((*[w[0][:, :, :0]] * 2, *block.attention.keys_values(persist, positions), memory))
+            none, front = w[0][:, :, :0], block.attention.keys_values(persist, positions)
+            layers.append((none, none, *front, memory))
         return layers
 
     def write(self, cache, state):

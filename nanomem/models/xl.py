@@ -14,7 +14,7 @@ class Config(gpt.Config):
     slide: bool = False  # each token sees itself and the W before it; if not, all W kept and its segment so far
 
     W = property(lambda c: c.window if c.window >= 0 else -c.window * c.seg)
-    kept = property(lambda c: c.W + 1 if c.W else 0)    # one more, whose key is half of the next one's
+    kept = property(lambda c: c.W + 1 if c.W else 0)    # one more: half of its key is in the next one's
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,8 +35,8 @@ def window_mask(first, P, T, W, A):
 
 
 def newest(past, kept):
-    """Of each layer's keys and values (B, H, P, D) the last `kept`, at positions 0 and on: (B, L, 2, H, kept, D). One
-    rotation moves all keys, for rotations add up."""
+    """The last `kept` keys and values of each layer (B, H, P, D), moved to positions 0 and on: (B, L, 2, H, kept, D).
+    One rotation moves all keys, for rotations add up."""
     gone = past[0][0].size(2) - kept                                           # positions that leave
     back = rope(torch.full((1,), -gone, device=past[0][0].device), past[0][0].size(3))
     return torch.stack([torch.stack([rotate(k[:, :, gone:], back), v[:, :, gone:]], 1) for k, v in past], 1)
