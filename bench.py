@@ -24,7 +24,8 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
 
 Each task, model and seed has one small file of results, OUT/results/TASK-MODEL-SEED.json. What is there with the same
 settings is not measured again, so a comparison can be interrupted, or divided among machines: copy the files together.
---report makes the report of what is there and trains nothing; --overwrite does all again, for a model that has changed.
+--report makes the report of what is there and trains nothing. --overwrite removes what is there and does it all again,
+for a model that has changed.
 """
 import contextlib
 import importlib.util
@@ -56,7 +57,7 @@ class Bench(suites.Suite):
     data: str = ""               # shards with the books; without it the embedded Moby-Dick
     final: bool = False          # measure on the test books: once, when everything is decided
     out: str = ""                # folder for checkpoints, results and report (without it out/bench, out/night)
-    overwrite: bool = False      # train and measure again what is there already
+    overwrite: bool = False      # remove what is there of these jobs, train and measure again
     device: str = ""             # cpu, cuda, mps
     jobs: int = 0                # trainings side by side, one thread each; 0: on a CPU one for each core, else 1
     plot: bool = False           # draw pictures (needs matplotlib)
