@@ -56,12 +56,12 @@ class MPlus(MemoryLLM):
     write    as MemoryLLM; the store keeps the M youngest of all that was dropped
     paper    M+ 2502.00592, section 3.2. Its search is trained beside the language model; here `aux` does that
     departs  `lag` searches with the last tokens of the segment before, which is causal. The paper's search is `self`:
-             the prompt searches for itself, and its first tokens see what follows (`scored`). In the
-             paper's loss what the same document wrote is positive, what others wrote is negative. A batch element of
-             ours has one document only: what attention looks at is positive, the rest of the pool negative. Its queries
-             are the segment's tokens, m at a time. Found vectors stand before the start vector, where they shift no
-             position; half of their keys come from the vector before, as in the pool. r = max(32, C/16) (paper: C/20,
-             released code: C/16)
+             the prompt searches for itself, and its first tokens see what follows (`scored`). In the paper's loss what
+             the same document wrote is positive, what others wrote is negative. A batch element of ours has one
+             document only: what attention looks at is positive, the rest of the pool negative. Its queries are the
+             segment's tokens, m at a time. Found vectors stand before the start vector, where they shift no position;
+             half of their keys come from the vector before, as in the pool. r = max(32, C/16) (paper: C/20, released
+             code: C/16)
     """
     Config = Config
 
