@@ -42,12 +42,13 @@ def test_the_delta_update_is_a_loop_over_the_tokens_of_a_segment():
         assert torch.allclose(new[0], M, atol=1e-12) and torch.allclose(new[1], z, atol=1e-12)
 
 
-def test_a_pair_that_the_memory_knows_changes_nothing_with_delta():
+def test_a_pair_that_the_memory_knows_leaves_the_matrix_as_it_is_with_delta():
     k, v = draw(2, 3, 1, 4), draw(2, 3, 1, 4, seed=1)
     M, z = store(k, v, *empty(), delta=True)
     assert torch.allclose(recall(k, M, z), v)
     again, longer = store(k, v, M, z, delta=True)
     assert torch.allclose(again, M) and torch.allclose(longer, 2 * z)          # z counts it once more (section 3.1.2)
+    assert torch.allclose(recall(k, again, longer), v / 2)
     assert torch.allclose(store(k, v, M, z, delta=False)[0], 2 * M)
 
 

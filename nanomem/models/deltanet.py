@@ -2,6 +2,7 @@
 
     N channels of a key     Q tokens in a chunk     h the matrices of all heads
     a log of the decay, a <= 0     b how much of the error is corrected, 0 to 1     (in the paper S, log alpha, beta)
+    dt step, as in mamba: a = -dt exp(log_A)
 """
 import math
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Config(mamba.Config):
 
 
 # The gated delta rule (eq. 10). For each head
-#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)     the error: the value minus what h returns for the key
+#     u_t = b_t (v_t - exp(a_t) h_{t-1} k_t)           (D,)     b times the error: value - answer of the faded h
 #     h_t = exp(a_t) h_{t-1} + u_t k_t^T               (D, N)
 #     o_t = h_t q_t                                    (D,)
 # Multiplied out, this is h_t = h_{t-1} exp(a_t) (I - b_t k_t k_t^T) + b_t v_t k_t^T, as the paper writes it.
@@ -43,15 +44,15 @@ def delta_rule(q, k, v, a, b, h, correct=True, Q=64):
     o = []
     for q, k, v, a, b in zip(*(x.split(Q, 2) for x in (q, k, v, a, b[..., None]))):
         A = a.cumsum(2)[..., None]                                             # (B, H, Q, 1) log of G_i
-        G = (A - A.mT).tril().exp().tril()                                     # (B, H, Q, Q) from j to i, 0 for j > i
+        G = (A - A.mT).tril().exp().tril()             # (B, H, Q, Q) from j to i; 0 for j > i, where exp may overflow
         u = b * v
         if correct:
             L = (b * G * (k @ k.mT)).tril(-1)                                  # (B, H, Q, Q)
             r = u - b * A.exp() * (k @ h.mT)                                   # (B, H, Q, D)
-            u = torch.linalg.solve_triangular(L, r, upper=False, unitriangular=True)
-        o.append(A.exp() * (q @ h.mT) + (G * (q @ k.mT)) @ u)                  # from before the chunk, and from within
+            u = torch.linalg.solve_triangular(L, r, upper=False, unitriangular=True)     # eq. 6, 7 with decay
+        o.append(A.exp() * (q @ h.mT) + (G * (q @ k.mT)) @ u)                  # eq. 9 with decay
         end = A[:, :, -1:]
-        h = end.exp() * h + ((end - A).exp() * u).mT @ k                       # at the end of the chunk
+        h = end.exp() * h + ((end - A).exp() * u).mT @ k                       # eq. 8 with decay: the end of the chunk
     return torch.cat(o, 2), h
 
 
@@ -87,7 +88,7 @@ class Memory(nn.Module):
             q, k, v, b, h = (z.type_as(self.out.weight) for z in (q, k, v, b, memory["matrix"]))
             a = torch.zeros_like(b)                                            # rule=delta: nothing fades
             if c.rule != "delta":
-                a = F.logsigmoid(-dt.type_as(b) - self.dt_bias) * self.log_A.exp()       # -A softplus(dt)
+                a = -F.softplus(dt.type_as(b) + self.dt_bias) * self.log_A.exp()
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)              # of length 1
             o, memory["matrix"] = delta_rule(q, k, v, a.mT, b.sigmoid().mT, h, correct=c.rule != "gated")
         o = norm(o).transpose(1, 2).flatten(2).type_as(x)                      # (B, T, C)
@@ -120,9 +121,10 @@ class DeltaNet(Mamba):
     state    of each layer l:   l.conv (B, 3, 2 H N + C) the last inputs of the convolution   l.matrix (B, H, D, N) h
     read     o_t = h_t q_t at every token
     write    h_t = exp(a_t) h_{t-1} + u_t k_t^T at every token: the end of a segment changes nothing
-    paper    Gated DeltaNet 2412.06464: eq. 10 (rule), section 3.3 (chunks), section 3.4 (block); rule=delta is DeltaNet
-             2406.06484; rule=gated is gated linear attention (in the paper's terms Mamba-2), with b_t in front of v_t
-    departs  one inner width C, keys as wide as values, unless `state` says otherwise (paper: half as wide); decays
+    paper    Gated DeltaNet 2412.06464v3: eq. 10 (rule), 6 to 9 with the decay of section 3.3 (chunks), section 3.4
+             (block); rule=delta is DeltaNet 2406.06484, with this gate; rule=gated is gated linear attention (in the
+             paper's terms Mamba-2), with b_t in front of v_t
+    departs  keys and values have width C, keys another one with `state` (released code: 0.75 C and 1.5 C); decays
              start as in mamba, for short training; the convolution is added to its input; no weights in the norm of o,
              which `out` can learn; q is not scaled by N^-1/2, since o has a norm; the MLP has a squared ReLU (paper:
              SwiGLU), and the width that gives a layer the size of GPT's

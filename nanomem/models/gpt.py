@@ -27,8 +27,8 @@ class Config:
     def __post_init__(self):
         for name in ("vocab", "layers", "heads", "width", "seg"):
             assert getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}"
-        assert self.width % (2 * self.heads) == 0, \
-            f"width {self.width} does not split into {self.heads} heads of an even width"
+        assert self.width % (4 * self.heads) == 0, \
+            f"width {self.width} does not split into {self.heads} heads whose width is a multiple of 4"
 
 
 def norm(x):

@@ -32,7 +32,8 @@ def recall(q, M, z):
 
 def store(k, v, M, z, delta):
     """The memory after a segment with keys and values (B, H, S, D). Delta: store only how the values differ from what
-    the memory returns already. All tokens compare with the memory from before the segment."""
+    the memory returns already. All tokens compare with the memory from before the segment. A pair that is all that was
+    stored, stored again, leaves M as it is, but z counts it twice: it is then answered with half of its value."""
     if delta:
         v = v - recall(k, M, z)                                                # eq. 9
     return M + positive(k).mT @ v, z + positive(k).sum(2)                      # eq. 8
@@ -50,8 +51,8 @@ class InfiniAttention(gpt.Attention):
         if self.c.update == "none":                                            # no memory
             return super().forward(x, angles, past, mask)
         rotated, v, plain, M, z = past
-        still = rope(torch.zeros(1, device=x.device), self.c.head_dim)         # every token at position 0: not rotated
-        q, (k, new_v) = self.queries(x, still), self.keys_values(x, still)     # eq. 5
+        unrotated = rope(torch.zeros(1, device=x.device), self.c.head_dim)     # the angles of position 0
+        q, (k, new_v) = self.queries(x, unrotated), self.keys_values(x, unrotated)       # eq. 5
         join = lambda old, new: torch.cat([old, new.type_as(old)], 2)          # (B, H, P+T, D)
         rotated, v, plain = join(rotated, rotate(k, angles)), join(v, new_v), join(plain, k)
         keys = with_previous(rotated) if self.c.shift else rotated
@@ -64,10 +65,10 @@ class InfiniAttention(gpt.Attention):
 
 
 class Infini(GPT):
-    """Beside its attention to the segment, every head has a matrix M: a sum of key-value products, which is linear
-    attention over all earlier segments. A learned gate of the head says how much of its output comes from there.
+    """Beside its attention to the segment, every head has a matrix M. With update=linear it is the sum of the products
+    of all earlier keys and values: linear attention. A learned gate says how much of the head's output comes from M.
 
-    state    M (B, L, H, D, D) sum of sigma(k)^T v   z (B, L, H, D) sum of sigma(k)
+    state    M (B, L, H, D, D) sum of sigma(k)^T v (delta: v minus M's answer to k)   z (B, L, H, D) sum of sigma(k)
     read     a token asks M with its query; A = gate A_mem + (1 - gate) A_dot, gate = sigmoid(beta). It reads what the
              segments before wrote, nothing of its own
     write    the keys and values of a full segment, in one sum; with update=delta what M answers already is taken off
@@ -82,8 +83,8 @@ class Infini(GPT):
     @property
     def gates(self):
         """The gate of each head, (L, H). It starts at 0.5. Near 0 the head looks at its segment only, near 1 at the
-        memory only. If all are still near 0.5 after training, beta has not moved: that is known from replications
-        whose learning rate was too low for it. `(model.gates - 0.5).abs()` shows how far each head has come."""
+        memory only. If all are still near 0.5 after training, beta has not moved: replications with too low a learning
+        rate saw this. `(model.gates - 0.5).abs()` shows how far each head has come."""
         return torch.stack([block.attention.beta.detach().sigmoid().flatten() for block in self.blocks])
 
     def init_state(self, B):

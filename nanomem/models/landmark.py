@@ -40,8 +40,8 @@ def gather(x, i):
 
 
 def share_out(weight, score):
-    """The grouped softmax, second half (eq. 2 to 4): the weight of each of n landmarks (..., n) goes to the l tokens of
-    its block, by a softmax of their scores (..., n, l) -> the weights of the tokens (..., n l)."""
+    """The grouped softmax, second half (eq. 4): the weight of each of n landmarks (..., n) goes to the l tokens of its
+    block, by a softmax of their scores (..., n, l) -> the weights of the tokens (..., n l)."""
     return (weight[..., None] * score.softmax(-1)).flatten(-2)
 
 
@@ -55,7 +55,7 @@ class Attention(gpt.Attention):
         q, (k, v) = self.queries(x, angles), self.keys_values(x, angles)       # (B, H, T+n, D)
         for name, new in dict(k=k[:, :, :T], v=v[:, :, :T], mark=k[:, :, T:]).items():
             cache[name] = torch.cat([cache[name], new.type_as(cache[name])], 2)
-        with full_precision(x):                                                # close scores must not change places
+        with full_precision(x):                                                # rounding must not change the best k
             q = q.type_as(cache["mark"]) * self.c.head_dim ** -0.5
             own, near_mark, near, near_v = self.segment(q, cache, position)
             far_mark, far, far_v, picks = self.retrieve(q, cache)
@@ -85,9 +85,9 @@ class Attention(gpt.Attention):
         (B, H, T+n, k), -inf where there is none, and of the tokens (B, H, T+n, k, l); their values; and which blocks
         these are (B, H, T+n, k). Where these would be more than the whole bank, nothing is gathered: all M blocks come
         in place of k, and landmarks that a query did not pick have -inf."""
-        rank, bank = q @ cache["old"].mT, cache["bank"]                        # (B, H, T+n, M)
-        best, i = (rank + cache["bias"]).topk(self.c.topk, 3)                  # (B, H, T+n, k)
-        mark = rank.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
+        score, bank = q @ cache["old"].mT, cache["bank"]                       # (B, H, T+n, M)
+        best, i = (score + cache["bias"]).topk(self.c.topk, 3)                 # (B, H, T+n, k)
+        mark = score.gather(3, i).masked_fill(best == -torch.inf, -torch.inf)
         cos, sin = cache["angles"]                                             # (M, D/2)
         if i.size(2) * i.size(3) < self.c.M:
             k, v = gather(bank, i).to(q.device).chunk(2, -1)                   # (B, H, T+n, k, l, D)
@@ -95,7 +95,7 @@ class Attention(gpt.Attention):
             return mark, torch.einsum("bhtd,bhtkld->bhtkl", q, k), v.flatten(3, 4), i
         k, v = bank.to(q.device).chunk(2, -1)                                  # (B, H, M, l, D)
         k = rotate(k, (cos[:, None], sin[:, None]))
-        mark = torch.full_like(rank, -torch.inf).scatter(3, i, mark)           # (B, H, T+n, M)
+        mark = torch.full_like(score, -torch.inf).scatter(3, i, mark)          # (B, H, T+n, M)
         return mark, torch.einsum("bhtd,bhmld->bhtml", q, k), v.flatten(2, 3)[:, :, None], i      # v (B, H, 1, M l, D)
 
 
@@ -108,8 +108,9 @@ class Landmark(GPT):
     read     a softmax over the tokens of a query's own block and the landmarks of other blocks; the weight of a
              landmark goes to the tokens of its block, by a softmax within the block (eq. 1 to 4)
     write    the blocks of a full segment come in, and the oldest go. Keys are rotated to their position in the block
-    paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval; positions)
-    departs  blocks of up to 16 tokens (paper: 50). Training uses the bank too, and gradient goes through it into
+    paper    Landmark Attention 2305.16300, section 3.1 (grouped softmax), 3.2 (retrieval), 3.2.1 (positions)
+    departs  a landmark is a learned vector, no token of the vocabulary (paper: one more token), and predicts nothing.
+             Blocks of up to 16 tokens (paper: 50). Training uses the bank too, and gradient goes through it into
              earlier segments (paper: single windows, in which all blocks compete, as with topk=bank here). A landmark
              has the position of the token before it, so that tokens stand as in gpt. The last k + 1 blocks keep their
              distance; older ones share one place (paper: those that are retrieved stand in order). Of scores that are

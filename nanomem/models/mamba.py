@@ -153,8 +153,8 @@ class Mamba(GPT):
 
     def read(self, state):
         layers = [{} for _ in self.blocks]
-        for key, x in state.items():                                           # the layer's number, a dot, its own name
-            if "." in key:
+        for key, x in state.items():                       # the layer's number, a dot, its own name
+            if "." in key:                                 # bmojo has one without a dot
                 l, name = key.split(".")
                 layers[int(l)][name] = x
         return layers

@@ -31,13 +31,14 @@ class Config(gpt.Config):
 
 
 def bend(a):
-    """SiLU, scaled so that a vector of length 1 keeps a length of about 0.6, whatever its size."""
+    """SiLU, scaled so that a typical vector of length 1 keeps a length of about 0.6, with any number of channels."""
     return F.silu(a * a.size(-1) ** 0.5) / a.size(-1) ** 0.5
 
 
 def gradients(w, k, v):
-    """The gradient of |Mem(k) - v|^2 / 2 (eq. 12) by the weights of each layer, for every token by itself. It is a
-    product d x^T of the layer's input x and of the gradient d at its output; both are returned, (B, H, T, D)."""
+    """The gradient of |Mem(k) - v|^2 / 2 (half of eq. 12) with respect to the weights of each layer, for every token by
+    itself. It is a product d x^T: x is the layer's input, d the gradient at its output. Returns (d, x) for each layer,
+    (B, H, T, D) both."""
     if len(w) == 1:
         return [(k @ w[0].mT - v, k)]                                          # eq. 17
     h, back = torch.func.vjp(bend, k + k @ w[0].mT)
@@ -67,7 +68,7 @@ def descend(w, s, q, grads, theta, log_eta, log_keep):
     So w_t times a vector is attention without a softmax. theta, log_eta and log_keep are (B, H, T).
     Returns Mem_t(q_t) (B, H, T, D), each token asking the weights that it leaves, and the last w and s."""
     (e, e0), (f, f0), theta = products(log_eta), products(log_keep), theta[:, :, None]
-    fe0, fe, last_w, last_s = f @ e0, f @ e * theta, [], []
+    fe0, fe, last_w, last_s = f @ e0, f @ e * theta, [], []                    # fe: (f e)_ti theta_i
     for layer, (w, s, (d, x)) in enumerate(zip(w, s, grads)):
         inputs = bend(q + y) if layer else q                                   # y: the output of the first layer
         y = f0 * (inputs @ w.mT) + fe0 * (inputs @ s.mT) - (fe * (inputs @ x.mT)) @ d
@@ -77,14 +78,14 @@ def descend(w, s, q, grads, theta, log_eta, log_keep):
 
 
 class Memory(nn.Module):
-    """A network for each head. Its weights are 0 at first."""
+    """A network for each head. Its weights w are 0 when a text begins; what is learned here is how to use it."""
 
     def __init__(self, c):
         super().__init__()
         self.c = c
         self.q, self.k, self.v = (nn.Linear(c.width, c.width, bias=False) for _ in range(3))
         self.rates = nn.Linear(c.width, 3 * c.heads, bias=False)
-        self.bias = nn.Parameter(torch.tensor([0, 0, -6.0]).repeat_interleave(c.heads))  # of theta, eta and alpha
+        self.bias = nn.Parameter(torch.tensor([0, 0, -6.0]).repeat_interleave(c.heads))  # theta, eta, alpha
 
     def ask(self, x, w):
         """The answers of a memory with weights w to tokens x (B, T, C), eq. 15 with a norm -> (B, T, C)."""
@@ -105,7 +106,7 @@ class Memory(nn.Module):
             at, w, s = memory["at"], memory["w"], memory["s"]
             q, k, v = (F.normalize(z.type_as(w[0]), dim=-1) for z in (q, k, v))
             theta, eta, alpha = (self.rates(x) + self.bias).type_as(w[0]).mT.chunk(3, 1)     # (B, H, T)
-            log_eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)
+            log_eta = F.logsigmoid(eta) if c.momentum else torch.full_like(eta, -1e4)     # eta = 0
             theta = theta.sigmoid() * (1 - log_eta.exp()) * min(1, 2 / c.chunk / c.depth)
             log_keep = F.logsigmoid(-alpha) * c.forget
             parts = zip(*(z.tensor_split(cuts, 2) for z in (q, k, v, theta, log_eta, log_keep)))
@@ -142,8 +143,8 @@ class TitansAttention(gpt.Attention):
         mask = torch.cat([causal.new_ones(T, c.persist)] + [causal] * (1 + mac), 1)
         y = self.out(merge_heads(attend(q, keys.type_as(q), values.type_as(q), mask)))   # eq. 23, 27
         z = norm(x + y) if mac else x
-        now, after = self.memory.write(z, P, memory)                           # eq. 24
-        m = self.memory.ask(z, memory["before"]) if mac else now
+        answers, after = self.memory.write(z, P, memory)                       # eq. 24; 28: M(x)
+        m = self.memory.ask(z, memory["before"]) if mac else answers
         return y * 2 * (self.scale * m).sigmoid(), (k, v, front_k, front_v, after)       # eq. 25, 28
 
 
@@ -158,12 +159,13 @@ class Titans(GPT):
     paper    Titans 2501.00663: eq. 12-15 (memory), 16-18 (chunks), 19 (persistent tokens), 21-25 (mac), 26-28 (mag)
     departs  a memory for each head, of depth 1 (in the paper deeper ones do better); a deep one has a residual
              connection, or it would be dead once its weights have faded to 0; queries, keys and values have length 1,
-             no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; keys
-             take half of their channels from the token before (paper: convolutions); answers get a norm, and the gate
-             is 2 sigmoid(scale m). Persistent tokens: in each layer, for attention only. w is 0 when a text begins.
-             mac: no token sees the answer to a later one, or what its own segment wrote (eq. 25: it does); an answer
-             stands where its token does (paper: before the segment); it writes from input + output of attention. mag:
-             attention to the segment only (paper: sliding)
+             no SiLU, and theta = min(1, 2 / (Q depth)) (1 - eta) sigmoid(.), or Q equal tokens would overshoot; no
+             convolutions: keys take half of their channels from the token before (0 at a segment's first), queries and
+             values none; answers get a norm, and the gate is 2 sigmoid(scale m). Persistent tokens: in each layer, for
+             attention only. w is 0 when a text begins. mac: no token sees the answer to a later one, or what its own
+             segment wrote (eq. 25: it does); an answer stands where its token does (paper: before the segment); it
+             writes from input + output of attention. mag: attention to the segment only (paper: sliding), without a
+             norm before the gate. The third form, memory as a layer (eq. 29-31), is left out
     """
     Config, Attention = Config, property(lambda self: TitansAttention if self.c.depth else gpt.Attention)
 
@@ -175,8 +177,8 @@ class Titans(GPT):
         return dict(w=w, s=w.clone()) if c.momentum else dict(w=w)
 
     def read(self, state):
-        """For each layer: no keys and values of the segment yet, those of the persistent tokens, before position 0, and
-        the memory: w, s, w when the chunk and when the segment began (at, before), the key of the last token."""
+        """For each layer: no keys and values yet; those of the persistent tokens, before position 0; and the memory: w
+        and s, `at`: w when the chunk began, `before`: w when the segment began, `key` of the last token."""
         if not state:
             return None
         layers, w, s = [], state["w"], state.get("s", torch.zeros_like(state["w"]))
