@@ -119,9 +119,10 @@ def calls(model, x, y, state):
     return list(zip(x.split(n, 1), y.split(n, 1)))
 
 
-def objective(loss, state, scale, share, K):
-    """What a segment adds to the quantity that is minimised: its part of the mean loss and of the mean of `aux`."""
-    return loss * scale + (state["aux"].mean() * share / K if "aux" in state else 0)
+def objective(loss, state, scale, share, parts):
+    """What one of the parts of a BPTT window adds to the quantity that is minimised: to the mean loss, and to the mean
+    of `aux`."""
+    return loss * scale + (state["aux"].mean() * share / parts if "aux" in state else 0)
 
 
 def bptt(model, step, x, y, state, scale, share=1.0):

@@ -66,7 +66,7 @@ def test_the_search_is_not_felt_before_there_is_a_choice(query):
 
 @torch.no_grad()
 def test_a_segment_is_one_causal_pass_with_what_the_slow_search_finds():
-    """Eq. 1-5 by hand for one row: one memory after another, keys and all."""
+    """Eq. 1-5 by hand for one text: one memory after another, keys and all."""
     for query in QUERIES:
         model, tokens = tiny("hmt", query=query, mem=3, sensory=2), text(B=1, K=4)
         kept, before = [], None
@@ -299,9 +299,12 @@ def test_the_cache_says_which_segments_were_mixed_and_how_much_of_each(query):
     for k, x in enumerate(tokens.split(S, 1)):
         cache = model.extend(x, model.read(state))[1]
         spans, weights = model.retrieved(cache)
-        segments = [(i * S, i * S + S) if i >= 0 else (-1, -1) for i in range(k - 3, k)]
-        assert [tuple(span) for span in spans[1, S - 1].tolist()] == segments
-        expected = model.weights(state, x).mean(1) * (torch.arange(k - 3, k) >= 0)
-        assert close(weights[:, first:], expected[:, None].expand(-1, S - first, -1))
+        expected = model.weights(state, x).mean(1)                             # (B, N)
+        chosen = (torch.arange(k - 3, k) >= 0) & (expected > 1 / max(1, min(k, 3)))
+        assert k < 2 or chosen[1].any() and not chosen[1].all()
+        assert [tuple(span) for span in spans[1, S - 1].tolist()] == [
+            (i * S, i * S + S) if c else (-1, -1) for i, c in zip(range(k - 3, k), chosen[1])]
+        assert close(weights[:, first:], (expected * chosen)[:, None].expand(-1, S - first, -1))
         assert (spans[:, :first] == -1).all() and (weights[:, :first] == 0).all()
         state = model.write(cache, state)
+    assert tiny("hmt", query=query, search="uniform").retrieved(cache) is None

@@ -310,6 +310,11 @@ def test_memory_off_is_gpt_to_the_bit(name):
     gpt.load_state_dict(off.state_dict(), strict=False)
     rounding = 1e-5 if name == "landmark" else 0                               # its softmax is not the fused one
     agree(7, run(off, text())[0], run(gpt, text())[0], rounding, when=f" from that of gpt with {settings}")
+    x, parts, cache = text(K=1), [], off.read(off.init_state(2))
+    for part in x.split(5, 1):
+        logits, cache = off.extend(part, cache)
+        parts.append(logits)
+    agree(7, torch.cat(parts, 1), run(gpt, x)[0], when=f" from that of gpt, five tokens at a time, with {settings}")
     torch.manual_seed(5)
     weights = nanomem.build(name, **TINY, **settings).head.weight
     torch.manual_seed(5)

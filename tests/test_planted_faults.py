@@ -18,7 +18,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
          "any_cut_of_a_segment_gives_the_single_call"),
         (".tril(P)", ".tril(P + 1)", "any_cut_of_a_segment_gives_the_single_call"),
         (".tril(P)", ".tril(P - 1)", "any_cut_of_a_segment_gives_the_single_call"),
-        ("F.pad(slow, (0, 0, 1, -1))", "F.pad(slow, (0, 0, -1, 1))", "no_token_sees_the_future"),
+        ("F.pad(slow, (0, 0, 1, 0))[..., :-1, :]", "F.pad(slow, (0, 0, 0, 1))[..., 1:, :]", "no_token_sees_the_future"),
         ("a * sin + b * cos", "b * cos - a * sin", "rope_multiplies_each_pair_with_a_rotation_matrix"),
         ("rotate(norm(k), angles)", "rotate(k, angles)", "the_model_is_a_loop_over_layers_heads_queries_and_keys"),
         ("(rotate(norm(q), angles) * self.gain)", "rotate(norm(q), angles)", "gradient_reaches_every_parameter"),

@@ -19,13 +19,13 @@ SPAN = 3   # outputs whose mean predicts the next one, k of algorithm 1
 @dataclass
 class Config(mamba.Config):
     mix: str = "bmojo"           # the layers in turn: bmojo, ssm (a state space only), window (attention only)
-    window: int = -1             # W, raw tokens seen, itself included; -1: a quarter of a segment; 0: its segment only
+    window: int = -1             # W, raw tokens seen, itself included; -1: up to a quarter of it; 0: its segment only
     eidetic: int = -1            # M, tokens kept, those of most surprise so far; -1: W, or none with window=0
     fading: int = -1             # state-space outputs seen: the last n before a chunk; -1: the W before the window
     rope: bool = True            # positions, counted within two windows; the paper has none
     select: str = "innovation"   # tokens that are kept: innovation, random, or, of an oracle, ids lo-hi (hi excluded)
 
-    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens that are left of the chunk before: W or 0
+    past = property(lambda c: c.window if c.window >= 0 else     # raw tokens kept of the chunk before: W or 0
                     max(w for w in range(1, max(1, c.seg // 4) + 1) if c.seg % w == 0))
     W = property(lambda c: c.past or c.seg)
     M = property(lambda c: c.eidetic if c.eidetic >= 0 else c.past)
@@ -43,9 +43,9 @@ class Config(mamba.Config):
 
 
 def innovation(y, last):
-    """eps_t of algorithm 1: the distance of each output y_t (B, T, C) from the mean of the k before it. last (B, k, C)
-    are the k outputs before y. -> eps (B, T) and the new last outputs."""
-    T, line = y.size(1), torch.cat([last, y], 1)                               # (B, k+T, C)
+    """eps_t of algorithm 1: the distance of each output y_t (B, T, C) from the mean of the 3 before it. last (B, 3, C)
+    are the outputs before y. -> eps (B, T) and the new last outputs."""
+    T, line = y.size(1), torch.cat([last, y], 1)                               # (B, 3+T, C)
     predicted = sum(line[:, i:i + T] for i in range(SPAN)) / SPAN              # (B, T, C) y^ of algorithm 1
     return (line[:, SPAN:] - predicted).norm(dim=-1), line[:, T:]
 
@@ -101,7 +101,7 @@ class Attention(gpt.Attention):
         W, T, memory, out = self.c.W, u.size(1), dict(memory), []
         q, new = self.q(u).unflatten(2, (self.c.heads, -1)), {}                # (B, T, H, D)
         new["window"], memory["last_key"] = self.keys_values(u, memory["last_key"], t)
-        if self.fading:                                                        # y has the same weights as u
+        if self.fading:                                                        # keys and values of y by the same maps
             new["fading"], memory["last_fading_key"] = self.keys_values(y, memory["last_fading_key"], t)
         if self.M:
             eps, memory["outputs"] = innovation(y.detach(), memory["outputs"])
@@ -131,7 +131,7 @@ class Attention(gpt.Attention):
             seen.append((memory["fading"][:, :2 * W], offset, mask & (p >= 0)))
         if M:
             p = memory["position"][:, None, :M]                                # (B, 1, M)
-            offset = torch.full((M,), -W, device=device)                       # all at -W: p - s has no limit
+            offset = torch.full((M,), -W, device=device)                       # all at -W, however old they are
             seen.append((memory["eidetic"], offset, (p <= t - W) & (p >= 0)))
         kv, offset, mask = zip(*seen)
         k, v = torch.cat(kv, 1).transpose(1, 3).unbind(2)                      # (B, H, ., D)
@@ -144,8 +144,8 @@ class Attention(gpt.Attention):
         return attend(q, k.type_as(v), v, torch.cat(mask, 2)[:, None]).transpose(1, 2)
 
     def close_chunk(self, memory):
-        """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1:
-        the M largest innovations of those kept so far and those of the chunk."""
+        """A chunk is full. The window and the fading tokens move on by W. The eidetic tokens become M_t of algorithm 1,
+        with a bound (appendix B.2): the M largest innovations of those kept so far and those of the chunk."""
         W, window, memory = self.c.W, memory["window"], dict(memory)
         memory["window"] = window[:, W:]
         if self.fading:
@@ -202,14 +202,15 @@ class BMojo(Mamba):
              l.last_key, l.last_fading_key (B, 1, H, D) the last keys before their shift
              l.innovation (B, M) of the eidetic tokens   l.position (B, M) theirs in the text, -1: none there
     read     one softmax over the last W raw tokens, the W fading tokens before them, the M eidetic tokens
-    write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm 1
+    write    after every W tokens the M largest innovations, of the M tokens kept and the W new ones: M_t of algorithm
+             1, with the bound of appendix B.2
     paper    B'MOJO 2407.06324: section 3, algorithm 1, the chunks of appendix B.2
     departs  Mamba-2 for Mamba-1 (see mamba); each token sees W fading tokens, as in the authors' later code (algorithm
-             1 has one, appendix B.2 leaves it open); the paper leaves open how many y^ averages (here k = 3), what
-             error is (here Euclidean distance), and whether raw and fading tokens share projections (here they do);
-             RoPE within two windows (paper: none); no raw token is seen twice; a key knows the token before it, as in
-             all our models, so that an eidetic token can say what followed; the convolution is the state space's alone;
-             gradient goes into earlier segments
+             1 has one, appendix B.2 leaves it open); the paper leaves open of how many outputs y^ is the weighted mean
+             (here of 3, with equal weights), what error is (here Euclidean distance), and whether raw and fading tokens
+             share projections (here they do); RoPE within two windows (paper: none); no raw token is seen twice; a key
+             knows the token before it, as in all our models, so that an eidetic token can say what followed; the
+             convolution is the state space's alone; gradient goes into earlier segments
     """
     Config = Config
 

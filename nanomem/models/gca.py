@@ -83,8 +83,8 @@ class CrossAttention(nn.Module):
 
 
 class GCA(GPT):
-    """Text in chunks of m tokens, each closed by a landmark. All chunks of a call are processed at once. The lower
-    layers see a window. What they make of a chunk is encoded, once, into a key (at its landmark) and into keys and
+    """Text in chunks of m tokens, each closed by a landmark. All chunks of a call are processed at once, and all layers
+    see a window. What the lower layers make of a chunk is encoded, once, into a key (at its landmark) and into keys and
     values (at its tokens), and joins the bank. In the upper layers the landmark of chunk t asks the bank, and chunk t+1
     looks at what was found.
 
@@ -94,12 +94,12 @@ class GCA(GPT):
              by itself, and w mixes the answers: so the loss on the next token teaches the choice, and nothing else does
     write    the chunks of a full segment come in, and the oldest go
     paper    Grouped Cross-Attention 2410.01651, the method and the released code (for the bypass and the shared K, V)
-    departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU) and one encoder layer; the upper MLPs, through which
-             all retrieval goes, do not start at zero; k = 4, a window of 4 chunks (code: 8 and 8), and no sink (the
-             code has one on books); chunks of at most a quarter of a segment (code: 63 or 64 tokens); a segment sees
-             chunks that are still kept at its end (paper: all stay); the Gumbel noise that explores in training is a
-             function of the two chunks' numbers; what the last landmark of a segment asks is found in the next one (in
-             the code the first chunk of a segment finds nothing)
+    departs  our backbone (RoPE for ALiBi, squared ReLU for SwiGLU); one encoder layer (code: 2); the upper MLPs,
+             through which all retrieval goes, do not start at zero; k = 4, a window of 4 chunks (code: 8 and 8), no
+             sink (the code has one on books); chunks of at most a quarter of a segment (code: 63 or 64 tokens); a
+             segment sees chunks that are still kept at its end (paper: all stay); the Gumbel noise that explores in
+             training is a function of the two chunks' numbers; what the last landmark of a segment asks is found in
+             the next one (in the code the first chunk of a segment finds nothing)
     """
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: max(1, self.c.M // self.c.s) if self.c.W else 1)      # all of them fit in the bank
@@ -116,11 +116,11 @@ class GCA(GPT):
         for block in self.blocks[c.lower:]:
             nn.init.normal_(block.mlp.out.weight, std=(8 * c.layers * c.width) ** -0.5)
 
-    def for_length(self, T):
+    def for_length(self, length):
         """A bank for the whole text; and segments of up to 1,024 tokens, which give the same logits and copy the bank
         less often."""
-        n = math.gcd(T // self.c.seg, max(1, 1024 // self.c.seg)) if self.c.W else 1
-        return dict(bank=T // self.c.m, chunk=self.c.m, seg=n * self.c.seg)
+        n = math.gcd(length // self.c.seg, max(1, 1024 // self.c.seg)) if self.c.W else 1
+        return dict(bank=length // self.c.m, chunk=self.c.m, seg=n * self.c.seg)
 
     def init_state(self, B):
         c, here = self.c, self.head.weight.device
@@ -208,13 +208,13 @@ class GCA(GPT):
         """For chunks first, first+1, ... since `read`, what the chunk before each asks, ask (B, n, C) -> the keys
         and values of k chunks (B, n, k, H, m, 2D), their weights (B, n, k), and their numbers (B, n, k), -1 for
         none."""
-        c, key, n, device = self.c, cache["key"], cache["n"][:, None], ask.device
+        c, key, device, start = self.c, cache["key"], ask.device, cache["n"][:, None]    # (B, 1) chunks before `read`
         i = torch.arange(first, first + ask.size(1), device=device)
-        reader = (n + i)[..., None]                                            # (B, n, 1) the chunk that looks
-        end = (n + i // c.s * c.s + c.s)[..., None]                            # (B, n, 1) one past its segment
-        ids = (n - c.M + torch.arange(key.size(1), device=device))[:, None]    # (B, 1, M + new)
+        reader = (start + i)[..., None]                                        # (B, n, 1) the chunk that looks
+        end = (start + i // c.s * c.s + c.s)[..., None]                        # (B, n, 1) one past its segment
+        ids = (start - c.M + torch.arange(key.size(1), device=device))[:, None]          # (B, 1, M + new)
         seen = (ids >= 0) & (ids < reader - 1) & (ids >= end - c.M)            # before what asks, and not yet gone
-        with full_precision(ask):                                              # close scores must not change places
+        with full_precision(ask):                                              # rounding must not change the best k
             score = ask.to(key.dtype) @ key.mT * ask.size(-1) ** -0.5          # (B, n, M + new)
         noise = gumbel((reader - 1) * c.groups + g, ids) if self.training or c.retrieval == "random" else 0
         rank = dict(learned=score + noise, random=0 * score + noise, recent=0 * score + ids)[c.retrieval]
@@ -230,7 +230,7 @@ class GCA(GPT):
 
     def retrieved(self, cache):
         """For each token of this segment the chunks that it has looked at, as spans of text (B, T, G k, 2): first token
-        and one past the last, -1 for none; and their shares (B, T, G k), which add up to 1 for all groups together."""
+        and one past the last, -1 for none; and their shares (B, T, G k), at most 1 together."""
         if not self.c.topk:
             return None
         picks, w = (cache[name].flatten(2).repeat_interleave(self.c.m, 1) for name in ("picks", "weights"))

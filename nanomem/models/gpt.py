@@ -69,7 +69,7 @@ def with_previous(k):
     the key one position earlier. So one layer can find "what followed the last time", which needs two layers
     otherwise."""
     own, slow = k.chunk(2, -1)
-    return torch.cat([own, F.pad(slow, (0, 0, 1, -1))], -1)                    # zeros before the first position
+    return torch.cat([own, F.pad(slow, (0, 0, 1, 0))[..., :-1, :]], -1)        # zeros before the first position
 
 
 def attend(q, k, v, mask=None):
@@ -85,9 +85,9 @@ def attend(q, k, v, mask=None):
 
 
 class Attention(nn.Module):
-    """Self-attention with RoPE and QK-norm. Normed queries and keys have scores of at most sqrt(D), too little to pick
-    one position of many; a learned gain for each head lifts that limit. `past` holds the rotated keys and the values of
-    earlier positions."""
+    """Self-attention with RoPE and QK-norm. Normed queries and keys have scores of about sqrt(D) at most, too little to
+    pick one position of many; a learned gain for each head lifts that limit. `past` holds the rotated keys and the
+    values of earlier positions."""
 
     def __init__(self, c):
         super().__init__()
@@ -182,7 +182,7 @@ class GPT(nn.Module):
     def backbone(self, x, cache=None, mask=None):
         """All blocks: embeddings x (B, T, C) -> hidden states (B, T, C) and the cache with T positions more.
 
-        The cache is a list of keys and values, (B, H, P, D) each, for every layer. x stands at positions P to P + T.
+        The cache is a list of keys and values, (B, H, P, D) each, for every layer. x stands at positions P, P + 1, ...
         """
         cache = cache or [None] * self.c.layers
         P = 0 if cache[0] is None else cache[0][0].size(2)
@@ -197,8 +197,8 @@ class GPT(nn.Module):
         """Which of a segment's S predictions count in the loss: all, unless the model has seen their target."""
         return torch.ones(self.c.seg, dtype=torch.bool, device=self.head.weight.device)
 
-    def for_length(self, T):
-        """The fields to change so that the memory can hold a whole text of T tokens: none here."""
+    def for_length(self, length):
+        """The fields to change so that the memory can hold a whole text of so many tokens: none here."""
         return {}
 
     def retrieved(self, cache):

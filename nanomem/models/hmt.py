@@ -37,7 +37,7 @@ class HMT(RMT):
         [. ; . ; h ; memory] = backbone([P ; sensory ; segment ; P]),  logits = head(h)            eq. 4-5
 
     state    bank (B, N, M, C) memories, the newest last   n (B,) segments so far
-             ids (B, k or S/2) the last tokens of the segment before, -1 at the start of a document
+             ids (B, k) the last tokens of the segment before (query=prev: at least S/2), -1 at a document's start
     read     P as M tokens in front. query=prev: the end of the segment before asks. query=split: the newest memory
              stands in front, then the first half asks, and P stands between the halves
     write    the hidden states of a copy of P behind the segment; the bank moves up by one and loses its oldest memory
@@ -45,11 +45,10 @@ class HMT(RMT):
              h
     departs  in the paper the first half of a segment asks for the P that is then put in front of that half, so that the
              half can be guessed from P: query=paper, which cannot stream and is scored only where it has not seen the
-             target. A learned gain on P, from 1, since our embeddings have unit RMS, as hidden states do. Wq = Wk at
-             the start: a search for what is alike. M memory tokens where the paper has one; each searches its own past.
-             The first segment of a document has zeros as sensory tokens. The summary is made in every segment's own
-             call, also where there is no choice yet, and not for all segments at once. Trained from scratch, in one
-             stage, with the loss of all segments (paper: a pretrained model, two stages, the last segment)
+             target. P has a learned gain, which starts at 1. Wq = Wk at the start: a search for what is alike. A bank
+             of N = 64 (paper: 300 or 400). M memory tokens where the paper has one; each searches its own past. The
+             first segment of a document has zeros as sensory tokens. Trained from scratch, in one stage, with the loss
+             of all segments (paper: a pretrained model, two stages, the last segment)
     """
     Config = Config
 
@@ -128,15 +127,19 @@ class HMT(RMT):
         return self.head(torch.cat([h, h2[:, self.c.M:]], 1)), (P, kv, seen, state, w)
 
     def retrieved(self, cache):
-        """For each token of a full segment the segments whose memories P mixes, as spans of text (B, S, N, 2), -1 where
-        there was none, and how much of each (B, S, N), mean over P. The first half of query=split has no P."""
+        """For each token of a full segment the segments of whose memories P has more than an even share, as spans of
+        text (B, S, N, 2), -1 for others, and how much of each (B, S, N), mean over P. The first half of query=split
+        reads the newest memory, which nobody chose."""
         c, state, w = self.c, cache[3], cache[4].mean(1)                      # (B, N)
+        if c.search == "uniform":
+            return None
         segment = state["n"][:, None] - c.bank + torch.arange(c.bank, device=w.device)
-        spans = torch.stack([segment, segment + 1], 2) * c.seg
-        spans = torch.where(segment[..., None] >= 0, spans, -1)[:, None].expand(-1, c.seg, -1, -1).clone()
+        chosen = (segment >= 0) & (w * state["n"].clamp(max=c.bank)[:, None] > 1)
+        chosen = chosen[:, None].repeat(1, c.seg, 1)                          # (B, S, N)
         if c.query == "split":
-            spans[:, :c.j] = -1
-        return spans, w[:, None] * (spans[..., 0] >= 0)
+            chosen[:, :c.j] = False
+        spans = torch.stack([segment, segment + 1], 2)[:, None] * c.seg
+        return spans.where(chosen[..., None], -1), w[:, None] * chosen
 
     def write(self, cache, state):
         P, kv, seen, *_ = cache

@@ -122,8 +122,8 @@ class Landmark(GPT):
         super().__init__(c)
         self.landmark = nn.Parameter(torch.randn(c.width))
 
-    def for_length(self, T):
-        return dict(bank=max(self.c.topk, T // self.c.l))
+    def for_length(self, length):
+        return dict(bank=max(self.c.topk, length // self.c.l))
 
     def init_state(self, B):
         c, here = self.c, self.head.weight.device

@@ -48,7 +48,7 @@ class MemoryLLM(GPT):
     read     layer l attends to [start ; pool ; segment]: a learned vector and N vectors, as keys and values only. Their
              gradient goes back into the segment that wrote them
     write    a second pass over the segment, with start and the K newest vectors of the pool (detached) in front and the
-             marker p added to its last K tokens. What these become in a layer goes into its pool
+             marker p added to its last K tokens, in every layer. What these become in a layer goes into its pool
     paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). Its K and N are ours
     departs  trained from scratch on the next token, all weights, one set of them for both passes, where the paper adds
              LoRA to Llama and has three ways to train; gradient goes through all writes of a BPTT window (paper:
@@ -127,7 +127,7 @@ class MemoryLLM(GPT):
             vectors = torch.cat([self.start[l].expand(len(x), 1, -1), newest[:, l]], 1)
             mask = self.mask(F.pad(filled[:, l], (1, 0), value=True), 0, S)
             x, _ = block(x + marker, angles, self.keys_values(l, vectors, P), mask)
-            new.append(x[:, S - c.K:])                                         # (B, K, C), E of layer l
+            new.append(x[:, S - c.K:])                                         # (B, K, C), for the pool of layer l
         return torch.stack(new, 1).to(state["pool"].dtype)
 
     def update(self, new, state):

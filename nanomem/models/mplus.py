@@ -18,7 +18,7 @@ class Config(memoryllm.Config):
     ask: str = "lag"         # who searches: the last m tokens of the segment before (lag), or this one's first m (self)
     search: str = "learned"  # learned, or random: what is found if the query says nothing
 
-    M = property(lambda c: 0 if c.found == 0 else c.store if c.store >= 0 else 16 * c.N)
+    M = property(lambda c: 0 if c.found == 0 or c.N == 0 else c.store if c.store >= 0 else 16 * c.N)
     K0 = property(lambda c: min(c.M, c.found if c.found >= 0 else -(-c.N // 4)))
     m = property(lambda c: c.query if c.query >= 0 else c.K)
     r = property(lambda c: max(32, c.width // 16))    # width of a key of the store
@@ -28,6 +28,7 @@ class Config(memoryllm.Config):
         for name in ("store", "found", "query"):
             assert getattr(self, name) >= -1, f"{name} counts vectors, got {getattr(self, name)}"
         assert self.K <= self.M or self.M == 0, f"a store must hold the {self.K} vectors of a write, got store {self.M}"
+        assert self.N > 3 or self.M == 0, f"the search learns from a pool of at least 4 vectors, got slots {self.N}"
         assert 0 < self.m <= self.seg or self.M == 0, f"query must lie between 1 and {self.seg} tokens, got {self.m}"
         assert self.ask in ("lag", "self"), f"ask is lag or self, got {self.ask}"
         assert self.search in ("learned", "random"), f"search is learned or random, got {self.search}"

@@ -74,8 +74,8 @@ class XL(GPT):
     Config, Attention = Config, WindowAttention
     parallel = property(lambda self: math.inf if self.c.slide else 1)
 
-    def for_length(self, T):
-        return dict(window=T) if self.c.window < -1 else {}                   # full, and not a window of one segment
+    def for_length(self, length):
+        return dict(window=length) if self.c.window < -1 else {}              # full, and not a window of one segment
 
     def init_state(self, B):
         c, like = self.c, self.head.weight
