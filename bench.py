@@ -167,7 +167,7 @@ def work(b, group, command, until):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
-OURS = ("model", "data", "out", "seed", "resume", "overwrite", "minutes", "eval_batches", "eval_interval")
+OURS = ("model", "data", "tokenizer", "out", "seed", "resume", "overwrite", "minutes", "eval_batches", "eval_interval")
 
 
 def check_word(flag, word, known):
@@ -208,7 +208,7 @@ def check_model(model, task):
     if not name.endswith(".py"):
         check_word("models", name, nanomem.MODELS)
     for k in trained:
-        if k in OURS:
+        if k.replace("-", "_") in OURS:
             raise UserError(f"{model}: {k} is not a setting of one model, bench.py sets it for all: --{k}")
     Config = nanomem.model_class(name).Config
     for settings, known in (trained, (Config, train.Run)), (tested, (Config,)):
@@ -221,15 +221,22 @@ def check_model(model, task):
 
 
 def check_books(b, jobs):
-    """Rather before the trainings than after: are the books there, and would a result on the test books be lost, or one
-    on the validation books?"""
+    """Rather before the trainings than after: are the books there?"""
     for split in ("train", *sorted({held_out(b, job.task) for job in jobs})):
         data.open_books(b.data, split, BYTES["tokenizer"])
-    for path in (file_of(b.out, job) for job in jobs):
-        was = (content_of(path).get("settings") or {}).get("final", b.final)
-        if was != b.final and not b.overwrite:
-            raise UserError(f"{path} was measured {'with' if was else 'without'} --final: add --overwrite to replace "
-                            "it, or choose another --out")
+
+
+def check_results(b, jobs):
+    """Raises UserError where a result of other settings would be lost, such as one on the test books. (A model that has
+    changed is measured again; a training with other settings is not lost either: see refuse_to_lose.)"""
+    for job in jobs:
+        path, here = file_of(b.out, job), settings_of(b, job)
+        was = content_of(path).get("settings")
+        for k in here.keys() - {"code", "not_scored", "train"} if isinstance(was, dict) else ():
+            if was.get(k, here[k]) != here[k]:
+                how = f"{'with' if was[k] else 'without'} --final" if k == "final" else f"with other settings ({k})"
+                raise UserError(f"{path} was measured {how}: remove that file to measure it again, or choose another "
+                                "--out")
 
 
 def tell(b, results, command):
@@ -263,6 +270,9 @@ def main(argv):
     on_books = [job for job in left if job.task in suites.ON_BOOKS]
     if on_books and not b.report:
         check_books(b, on_books)
+    if not (b.report or b.overwrite):
+        check_results(b, left)
+        checkpoint.target(Path(b.out, "report.md"), "report of bench.py", b"```\npython bench.py")
     groups = {}                                                      # the jobs that need the same training
     for job in left:
         groups.setdefault(job.training or job, []).append(job)
@@ -276,6 +286,9 @@ def main(argv):
     until = time.time() + 60 * (b.minutes or math.inf)
     failed = [] if b.report else run_groups(work, b, groups.values(), command, until)
     results = [found for job in jobs if (found := result(job))]
+    if b.report and not results:
+        raise UserError(f"{b.out} has no results of these tasks, models and settings: --report needs the flags with "
+                        "which they were made, as the first lines of its report.md say")
     if results:
         tell(b, results, command)
     if failed:

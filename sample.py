@@ -3,7 +3,7 @@
     python sample.py out/rmt --prompt="Call me Ishmael."
     python sample.py out/rmt --file=book.txt --tokens=0 --save-memory=book.pt    read a book once, keep the memory
     python sample.py out/rmt --load-memory=book.pt --prompt=" And then"  go on from there, as often as you like
-    cat book.txt | python sample.py out/rmt --prompt="And then"          what is piped comes before the prompt
+    cat book.txt | python sample.py out/rmt --prompt="And then"          without --file, what is piped comes first
     python sample.py out/rmt --file=book.txt --look=look.html            a page that shows where memory is worth what
 """
 import codecs
@@ -58,7 +58,7 @@ def picker(s, vocab, device):
 
 def standard_input(s):
     """What comes through a pipe or from a redirected file, else ""."""
-    if s.file == "-":
+    if s.file == "-" and sys.stdin:
         return sys.stdin.read()
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -80,7 +80,7 @@ def main(argv):
         if not good:
             raise UserError(f"--{name}={getattr(s, name)} is out of range")
     if s.save_memory:
-        checkpoint.target(s.save_memory, b"nanomem memory", "memory")    # rather now than after an hour of reading
+        checkpoint.target(s.save_memory, "memory", b"PK", b"nanomem memory")     # rather now than after an hour
     if s.look:
         look.target(s.look)
         if s.save_memory or s.load_memory:
@@ -112,26 +112,34 @@ def main(argv):
     ids = enc.encode_ordinary(text)
     if s.load_memory:
         reader.load(s.load_memory)
+        if len(reader.tokens) != 1:
+            raise UserError(f"{s.load_memory} is the memory of {len(reader.tokens)} texts side by side, not of one")
     else:
         ids = [enc.eot_token, *ids]                        # every book begins with it
     step = 64 * model.c.seg                                # tokens between two moves of the bar
     for i in tqdm(range(0, len(ids), step), desc="reading", unit=f"x{step} tokens", disable=len(ids) <= step):
         reader(torch.tensor([ids[i:i + step]], device=device))
 
-    print(s.prompt, end="", flush=True)
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode   # a character may be spread over several tokens
+    unread = None
     with cli.catch_stop() as stop:                         # Ctrl-C ends the text, not what was read before
-        for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
-            if token.item() == enc.eot_token:
-                break
-            print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
-            if stop:                                       # what is remembered was printed
-                break
-    print(decode(b"", final=True))
+        try:
+            print(s.prompt, end="", flush=True)
+            for token in reader.generate(s.tokens, picker(s, enc.n_vocab, device)):
+                if token.item() == enc.eot_token:
+                    break
+                print(decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
+                if stop:                                   # what is remembered was printed
+                    break
+            print(decode(b"", final=True), flush=True)
+        except BrokenPipeError as e:                       # as in: | head. What was read is saved all the same
+            unread = e
     if s.save_memory:
         reader.save(s.save_memory)
         print(f"{reader.count:,} tokens are remembered in {s.save_memory} "
               f"({stream.nbytes(reader.state) / 1024:.0f} KB of state)", file=sys.stderr)
+    if unread:
+        raise unread
     return 130 if stop else 0
 
 

@@ -25,6 +25,7 @@ from nanomem.cli import UserError
 
 
 SAVE_EVERY = 300   # seconds between two checkpoints at most: what a kill can cost
+LOG = "step,loss,val_loss,val_accuracy,lr,grad_norm,tokens_per_s,minutes"   # the first line of log.csv
 
 
 class Diverged(UserError):
@@ -107,6 +108,8 @@ def loaders(run, typed, seg):
     the data."""
     T, interleave = run.segments * seg, dict(interleave=run.interleave, interleave_len=run.interleave_len * seg)
     if tasks.is_task(run.data):
+        for flag in typed.keys() & {"tokenizer", "interleave", "interleave_len"}:
+            raise UserError(f"--{flag} is for books, and {run.data} is a task: leave it out")
         return (tasks.TaskLoader(run.data, run.batch, T, seed=run.seed),
                 lambda: tasks.TaskLoader(run.data, run.batch, T, seed=(run.seed, 1, 1)), tasks.vocab_of(run.data), "")
     if run.data and not Path(run.data).exists():
@@ -146,8 +149,8 @@ def check_resume(saved, run, typed, fields):
     for k in (*fixed, *fields):
         new = typed.get(k, fields.get(k, was.get(k)))
         if k not in was or new != was[k]:
-            raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or change "
-                            "--out")
+            raise UserError(f"this run was made with --{k}={was.get(k)}, not {new}: leave the flag out, or begin a new "
+                            "run with another --out and without --resume")
     if saved["step"] >= run.steps:
         raise UserError(f"this run has done {saved['step']} steps: --steps=N with a larger N goes on")
     if saved.get("code", "") != nanomem.code_of(saved["name"]):
@@ -161,8 +164,7 @@ def new_log(out, step):
     """log.csv with its lines up to this step; those that came later will be done again."""
     lines = (out / "log.csv").read_text().splitlines() if step and (out / "log.csv").exists() else []
     kept = [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
-    head = "step,loss,val_loss,val_accuracy,lr,grad_norm,tokens_per_s,minutes"
-    (out / "log.csv").write_text("\n".join([head, *kept]) + "\n")
+    (out / "log.csv").write_text("\n".join([LOG, *kept]) + "\n")
 
 
 def main(argv):
@@ -177,8 +179,9 @@ def main(argv):
             fields = dict(saved["config"])
             cli.check_types(nanomem.model_class(run.model).Config(**fields))
     elif not run.overwrite and ((out / "last.pt").exists() or (out / "best.pt").exists()):
-        raise UserError(f"{out} holds a run already: add --resume to go on, or --overwrite to replace it, or choose "
-                        "another --out")
+        resume = "--resume to go on, or " if (out / "last.pt").exists() else ""
+        raise UserError(f"{out} holds a run already: add {resume}--overwrite to replace it, or choose another --out")
+    checkpoint.target(out / "log.csv", "log of a run", LOG.encode())
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check(run, world)
     with checkpoint.lock(out) if rank == 0 else contextlib.nullcontext():
@@ -306,6 +309,8 @@ def train(run, typed, fields, saved, out, rank, world):
                 rate = run.lr * schedule(run, step)
                 if done <= start + len(losses):
                     new_log(out, start)
+                    for path in (last, top) if not saved else ():
+                        path.unlink(missing_ok=True)       # of the run that this one overwrites
                 with open(out / "log.csv", "a", newline="") as f:
                     row = [done, mean, val_loss, accuracy, rate, norm, speed, seconds / 60]
                     csv.writer(f, lineterminator="\n").writerow(row)
@@ -313,14 +318,16 @@ def train(run, typed, fields, saved, out, rank, world):
                 better = evaluates and rank == 0 and val_loss < best
                 best = val_loss if better else best
                 save(done, *([top] if better else []), last)     # in this order: what a kill leaves is made good again
-                if top.exists() and not saved and best == math.inf and rank == 0:
-                    top.unlink()                       # of the run that this one overwrites
                 has_saved, saved_at = True, time.perf_counter()
             if rank == 0:                              # after saving: the terminal may be gone
                 val = f"val {val_loss:6.3f} {accuracy:6.1%}" if evaluates else " " * 17
                 left = (run.steps - done) * tokens / speed / 60
-                bar.write(f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  "
-                          f"{speed / 1e3:7.1f}k tok/s  {left:6.1f} min left")
+                line = (f"{done:7d}  loss {mean:6.3f}  {val}  lr {rate:.1e}  grad {norm:6.2f}  "
+                        f"{speed / 1e3:7.1f}k tok/s  {left:6.1f} min left")
+                try:
+                    bar.write(line)
+                except BrokenPipeError:                # as in: | head. The next step saves, and is the last
+                    stop.append(1)
             if problem:
                 raise problem
             if stopped:

@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -75,6 +76,9 @@ def model_in(path):
     if len(found) != 1:
         names = ", ".join(sorted(c.__name__ for c in found))
         raise UserError(f"{path} must define one model, a class with {', '.join(needs)}: it defines {names or 'none'}")
+    Config = found[0].Config
+    if not dataclasses.is_dataclass(Config) or set(inspect.get_annotations(Config)) - {*Config.__dataclass_fields__}:
+        raise UserError(f"{path}: Config declares settings and needs @dataclass in the line above it")
     return found[0]
 
 

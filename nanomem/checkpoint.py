@@ -39,9 +39,11 @@ def weights_hash(model):
     return checksum(dict(model.state_dict()))
 
 
-def target(path, mark=b"", what=""):
-    """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file, or,
-    with a mark, for a file that is no `what`: that has the mark in its first bytes."""
+def target(path, what="", begin=b"", mark=b""):
+    """The file that writing to path will replace: a link is followed. Raises UserError for what is no regular file, and
+    for a file that is no `what`: that begins with `begin` and has `mark` in its first bytes."""
+    if str(path).endswith(("/", os.sep)):
+        raise UserError(f"{path} is the name of a folder: add the name of a file")
     real = Path(os.path.realpath(path))
     folder = next((p for p in real.parents if p.exists()), real.parent)    # none: a drive that is not there
     if not folder.is_dir():
@@ -49,7 +51,8 @@ def target(path, mark=b"", what=""):
     if real.exists() and not real.is_file():
         raise UserError(f"{path} is not a regular file and will not be replaced: choose another name")
     try:
-        if mark and real.exists() and mark not in real.open("rb").read(4096):
+        head = real.open("rb").read(4096) if what and real.exists() else None
+        if head is not None and not (head.startswith(begin) and mark in head):
             raise UserError(f"{path} is there and is no {what}, so it will not be replaced: choose another name")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from None

@@ -6,7 +6,6 @@ import inspect
 import re
 import signal
 import sys
-import traceback
 import typing
 from pathlib import Path
 
@@ -28,9 +27,19 @@ def nearest(word, words):
 
 
 def types(cls):
-    """{field of a dataclass: its type}, also where the file says `from __future__ import annotations`."""
+    """{field of a dataclass: its type}, also where the file says `from __future__ import annotations`. Raises UserError
+    for a type that no flag can have."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    found = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    for name, kind in found.items():
+        if kind not in (bool, int, float, str):
+            raise UserError(f"{inspect.getfile(cls)}: {name} must be declared as bool, int, float or str")
+    return found
+
+
+def unwritten(error):
+    """Whether an exercise that is not solved raised this, and not an operation that a type or a device lacks."""
+    return isinstance(error, NotImplementedError) and not re.search("not .*implemented for|Could not run", str(error))
 
 
 def check_types(settings, what=""):
@@ -66,7 +75,12 @@ def parse(argv, *classes):
     and the list of words that are no flags. Raises UserError for an unknown flag and for a missing or bad value. With
     -h or --help, prints the help and exits.
     """
-    kinds = {name: kind for c in classes for name, kind in types(c).items()}
+    kinds = {}
+    for c in classes:
+        for name, kind in types(c).items():
+            if name in kinds:
+                raise UserError(f"{inspect.getfile(c)}: --{name} is a flag already, so a setting needs another name")
+            kinds[name] = kind
     if "-h" in argv or "--help" in argv:
         usage(*classes)
         sys.exit(0)
@@ -132,14 +146,11 @@ def comments(cls):
 def usage(*classes):
     """Print the docstring of the script that runs, and every flag with its default and its help."""
     print(inspect.cleandoc(sys.modules["__main__"].__doc__ or ""))
-    shown = set()
     for c in classes:
         print(f"\n{'flags' if c.__module__ == '__main__' else Path(inspect.getfile(c)).stem}:")
         help_of = comments(c)
         for f in dataclasses.fields(c):
-            if f.name not in shown:
-                print(f"  --{f.name + '=' + str(f.default):28s} {help_of.get(f.name, '')}")
-                shown.add(f.name)
+            print(f"  --{f.name + '=' + str(f.default):28s} {help_of.get(f.name, '')}")
 
 
 @contextlib.contextmanager
@@ -160,7 +171,7 @@ def catch_stop():
 def run(main):
     """Run main(argv) of a script. A UserError becomes one line and exit code 2, and so does a lack of memory. Where a
     terminal cannot show a character, it gets a question mark."""
-    for out in (sys.stdout, sys.stderr):
+    for out in filter(None, (sys.stdout, sys.stderr)):     # closed ones are None
         out.reconfigure(errors="replace")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8-sig")        # as files are read, wherever this runs
@@ -170,9 +181,9 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except NotImplementedError as e:
-        if not traceback.extract_tb(e.__traceback__)[-1].line.startswith("raise"):    # an operation that a device lacks
+        if not unwritten(e):
             raise
-        print(f"error: not written yet: {e}", file=sys.stderr)                # an exercise that is not solved
+        print(f"error: not written yet: {e}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search("out of memory|enough memory|allocate memory", str(e)):
@@ -185,6 +196,7 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:   # the program behind a pipe has read enough, as in: | head
         sys.stderr.close()
+        sys.exit(141)         # what a shell says for this
     except OSError as e:
         print(f"error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .cli import UserError, nearest, parse, run
-from .shards import AGAIN, open_shards, write_shards
+from .shards import AGAIN, check_free, open_shards, write_shards
 from .text import HERE, from_texts, hold_out, read_text, tokenizer
 
 
@@ -177,8 +177,7 @@ def main(argv):
     twice = [path for path in files if real.count(Path(path).resolve()) > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice: it would be training and validation at once")
-    if (Path(options.out) / "meta.json").exists() and not options.overwrite:
-        raise UserError(f"{options.out} holds shards already: add --overwrite to replace them, or choose another --out")
+    check_free(options.out, options.overwrite)
     splits = hold_out([(Path(path).stem, read_text(path)) for path in files])
     print_totals(options.out, write_shards(options.out, tokenizer(options.tokenizer), splits))
 

@@ -40,7 +40,7 @@ EXERCISES = {   # of each file, in the order of their difficulty
             "attend": "query t of T stands at position P + t; is_causal is right only for P = 0"}),
         Exercise("cache", "any number of tokens, computed once", {
             "Attention.forward": "new keys and values go behind the past ones; the cache keeps keys before the shift",
-            "GPT.backbone": "x stands at positions P to P + T; every layer takes its past and returns a longer one"})],
+            "GPT.backbone": "x stands at positions from P on; every layer takes its past and returns a longer one"})],
     "xl": [
         Exercise("mask", "what is filled, what is past, what is future", {
             "XL.mask": "the newest kept position is the last before the segment; n says how many are filled"}),
@@ -274,8 +274,8 @@ def main(argv):
         print(json.dumps(report) if flags.json else in_words(report))
         return 0 if report["passed"] and not report["failed"] + report["not_reached"] else 1
     elif len(words) == 1 and words[0] != "check":
-        text, out = hand_out(words[0], flags.exercise), Path(flags.out or f"homework/{words[0]}.py")
-        if out.exists():
+        text, out = hand_out(words[0], flags.exercise), flags.out or f"homework/{words[0]}.py"
+        if Path(out).exists():
             raise UserError(f"{out} is there already, perhaps with a solution in it: choose another --out")
         checkpoint.write_whole(out, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         print(f"written: {out}, {len(missing(text))} bodies to fill in")

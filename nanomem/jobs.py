@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import nanomem
-from . import checkpoint, cost, data, measure, reach, stream, suites, tasks
+from . import checkpoint, cli, cost, data, measure, reach, stream, suites, tasks
 from .cli import UserError
 from .report import table
 from .suites import BYTES, TASKS, VOCAB
@@ -103,7 +103,7 @@ def file_of(out, job):
 
 def content_of(path):
     """The content of a result file; {} if there is none, or one that is damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         return found if isinstance(found, dict) else {}
     return {}
@@ -113,7 +113,7 @@ def read_result(out, job, settings, **books):
     """The content of the job's file; None if there is none, or one of other settings or of other books, as far as it
     says which."""
     found = content_of(file_of(out, job))
-    same = (found.get("model"), found.get("settings")) == (job.model, settings)
+    same = (found.get("model"), found.get("settings")) == (job.model, settings) and "measured" in found
     return found if same and all(found.get(k, v) == v for k, v in books.items()) else None
 
 
@@ -170,7 +170,7 @@ def plan(b, groups):
                 cells, all_minutes = [*cells, f"{minutes:.0f}"], all_minutes + minutes
         rows.append([f"{', '.join(job.task for job in group)} of {model}", group[0].seed, *cells])
     print(table(["what", "seed", "parameters", "training tokens", "minutes"], rows))
-    print(f"\n{len(rows)} are left, with {all_tokens / 1e6:,.1f}M training tokens.")
+    print(f"\n{len(rows)} are left, with {all_tokens / 1e6:,.1f}M training tokens, those of begun trainings included.")
     if all_minutes:
         print(f"The trainings on books need {all_minutes:,.0f} minutes, {math.ceil(all_minutes / 10)} pieces of "
               f"--minutes=10, if the models are as fast beside gpt as in {folder}. What is measured "
@@ -218,8 +218,8 @@ def run_all(function, calls, n):
 
 def describe(error):
     """What went wrong, in one line, and where, if that is not a mistake of the user or an exercise to be solved."""
-    if isinstance(error, (UserError, NotImplementedError)):
-        return "not written yet: " * isinstance(error, NotImplementedError) + str(error), ""
+    if isinstance(error, UserError) or cli.unwritten(error):
+        return "not written yet: " * cli.unwritten(error) + str(error), ""
     return f"{type(error).__name__}: {error}".splitlines()[0], "".join(traceback.format_exception(error))
 
 

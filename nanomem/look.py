@@ -20,13 +20,13 @@ from . import checkpoint, stream
 from .cli import UserError
 
 HERE = Path(__file__).parent
-MARK = b"a look page of nanomem"   # in the first line of a page: other files are never replaced
+MARK = "<!doctype html><!-- a look page of nanomem -->"   # how a page begins: other files are never replaced
 LIKELIEST, BEST, PLACES = 3, 20, 12   # tokens of a prediction, tokens in the list, and weighted places of a token
 
 
 def target(path):
     """The file that the page will replace. Raises UserError where that is a file of another kind."""
-    return checkpoint.target(path, MARK, "look page")
+    return checkpoint.target(path, "look page", MARK.encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def write(path, model, name, enc, text, source):
         raise UserError("there is no text to look at: name one with --file=book.txt")
     found = dict(content(model, enc, tokens), model=name, source=source)
     page, _, rest = (HERE / "look.html").read_text(encoding="utf-8").partition("{{data}}")
-    page = page.replace("{{title}}", html.escape(f"{name} reads {source}"))
+    page = page.replace("<!doctype html>", MARK, 1).replace("{{title}}", html.escape(f"{name} reads {source}"))
     page += json.dumps(found, separators=(",", ":")).replace("<", "\\u003c") + rest    # no tag of the text is one
     checkpoint.write_whole(target(path), lambda scratch: scratch.write_text(page, encoding="utf-8", errors="replace"))
     return found                                           # replace: a file's name may be no text

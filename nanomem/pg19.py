@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .cli import UserError, parse, run
 from .data import print_totals
-from .shards import write_shards
+from .shards import check_free, write_shards
 from .text import read_text, tokenizer
 
 BUCKET = "https://storage.googleapis.com/deepmind-gutenberg"
@@ -189,6 +189,7 @@ class Options:
     folder: str = ""             # use the books in DIR/{train,validation,test}/ID.txt and download nothing
     tokenizer: str = "gpt2-4k"   # gpt2-4k, gpt2 or bytes
     url: str = BUCKET            # where the books are
+    overwrite: bool = False      # replace the shards that are in this folder already
 
 
 def main(argv):
@@ -200,6 +201,7 @@ def main(argv):
         raise UserError(f"--books={o.books} must not be negative: 0 takes all")
     if not o.out:
         raise UserError("--out=DIR is missing: it names the folder for the shards")
+    check_free(o.out, o.overwrite)
     print_totals(o.out, make_shards(o.out, tokenizer(o.tokenizer), o.folder, o.url, o.books))
 
 

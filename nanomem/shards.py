@@ -65,12 +65,16 @@ def write_shards(out, enc, splits, limit=2 ** 25):
 
 
 def files_of(out):
-    """The names of the shard files in a folder that nanomem has written, from its meta.json."""
-    try:
-        splits = json.loads((out / "meta.json").read_text())["splits"]
-        return {f"{Path(name).name}{end}" for s in splits.values() for name in s["files"] for end in ENDS}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return set()
+    """The names of the shard files in a folder that nanomem has written: llm.c leaves three of their fields at 0."""
+    headers = {path.stem: np.fromfile(path, "<i4", 6) for path in out.glob("*.bin") if path.is_file()}
+    return {f"{name}{end}" for name, header in headers.items() for end in ENDS
+            if len(header) == 6 and header[0] == MAGIC and header[3:].all()}
+
+
+def check_free(out, overwrite):
+    """Raises UserError where a folder holds shards already, which nobody said may be replaced."""
+    if (Path(out) / "meta.json").exists() and not overwrite:
+        raise UserError(f"{out} holds shards already: add --overwrite to replace them, or choose another --out")
 
 
 def write_shard(out, name, enc, books, index, ours):
@@ -132,7 +136,7 @@ def open_llm_c(folder, split):
         books.tokens += [part for part in np.split(tokens, starts) if len(part) > 1 and part[0] == enc.eot_token]
         books.names += [f"{path.stem}:{i}" for i in range(len(books.tokens) - len(books.names))]
     if not books.tokens:
-        raise UserError(f"{folder} has no meta.json and no shards of llm.c for {split} (*.bin)")
+        raise UserError(f"{folder} has no meta.json and no shards of llm.c for {split} (*.bin, in tokens of GPT-2)")
     return books
 
 

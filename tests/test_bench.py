@@ -160,13 +160,20 @@ def test_a_dry_run_names_the_work_its_size_and_its_time_and_does_nothing(tmp_pat
     assert len(rows) == 2 + 3 * 3 and not list(tmp_path.glob("*.md")) and len(contents(tmp_path)) == 2
 
 
-def test_a_file_that_is_damaged_or_of_other_settings_is_measured_again(tmp_path, shards, trainings):
+def test_a_file_that_is_damaged_is_measured_again_and_one_of_other_settings_is_not_lost(tmp_path, shards, trainings):
     argv = [*SMALL, "--models=gpt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}"]
     bench.main(argv)
+    path = tmp_path / "results" / "books-gpt-1.json"
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"books-gpt-1.json was measured with other settings \(upto\): remove that"):
+        bench.main([*argv, "--upto=64"])
+    assert path.read_text() == before
+    path.unlink()
     bench.main([*argv, "--upto=64"])                                   # measured anew with the same training
     assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
-    path = tmp_path / "results" / "books-gpt-1.json"
-    for damaged in (path.read_text()[:100], "[]"):
+    whole = json.loads(path.read_text())
+    for damaged in (path.read_text()[:100], "[]", 10_000 * "[", json.dumps({**whole, "settings": "x"}),
+                    json.dumps({k: v for k, v in whole.items() if k != "measured"})):
         path.write_text(damaged)
         bench.main([*argv, "--upto=64"])
         assert len(trainings) == 1 and measured(tmp_path, "books-gpt-1")["all"]["tokens"] == 2 * 64
@@ -192,7 +199,7 @@ def test_a_training_with_other_settings_is_not_lost(tmp_path, shards, trainings,
     bench.main([*argv, "--width=32", "--overwrite"])                   # of a model that has changed
     path = tmp_path / "results" / "books-gpt-1.json"                   # and what was measured on the test books
     path.write_text(path.read_text().replace('"final": false', '"final": true'))
-    with pytest.raises(UserError, match="books-gpt-1.json was measured with --final: add --overwrite"):
+    with pytest.raises(UserError, match="books-gpt-1.json was measured with --final: remove that file"):
         bench.main([*argv, "--width=32"])
     assert len(trainings) == 3 and bench.options([])[0].out != bench.options(["--suite=night"])[0].out
 

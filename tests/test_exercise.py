@@ -2,6 +2,7 @@
 file is a model everywhere."""
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,9 @@ def test_a_failure_is_told_with_the_law_and_the_line(tmp_path):
     assert [test["test"].partition("::")[2] for test in failed] == ["test_any_cut_of_a_segment_gives_the_single_call"]
     assert failed[0]["where"].startswith("rmt.py, line ") and failed[0]["message"].startswith("KeyError: ")
     assert "at rmt.py, line " in exercise.in_words(dict(report, missing=[]))
+    path = rmt(tmp_path, 'h, _ = self.backbone(state["mem"], cache)', 'h, _ = self.backbone(ids.softmax(-1), cache)')
+    report = grade.check(path, only="any_cut_of_a_segment")                # torch says so with a NotImplementedError
+    assert report["failed"] and "not implemented for 'Long'" in report["tests"][0]["message"]
 
 
 NO_MODEL, WRITE = "from . import gpt\n\nclass Other(gpt.GPT):\n    pass\n", "        ids, cache = cache\n        h, _ ="
@@ -230,6 +234,8 @@ def test_a_model_in_a_file_is_built_trained_loaded_and_sampled(tmp_path, monkeyp
     ("x = 1", "must define one model, a class with Config, .*: it defines none"),
     ("from nanomem.models.rmt import RMT", "it defines none"),
     ("from .rmt import RMT\nclass A(RMT): pass\nclass B(RMT): pass", "it defines A, B"),
+    ("from . import rmt\nclass Config(rmt.Config):\n  new: int = 1\nclass A(rmt.RMT): Config = Config",
+     "needs @dataclass"),
     ("import nothing_of_the_kind", "line 1: ModuleNotFoundError"), ("\n\ndef f(:", "line 3: SyntaxError"),
     ("import sys\nsys.exit(3)", "line 2: SystemExit: 3"), ("def f():\n    1 / 0\nf()", "line 2: ZeroDivisionError")])
 def test_a_file_with_no_model_or_several_is_refused_in_one_sentence(source, why, tmp_path):
@@ -244,6 +250,16 @@ def test_a_file_may_have_annotations_that_are_not_evaluated(tmp_path):
     assert fields == dict(mem=3) and nanomem.build(path, **fields).c.M == 3
     with pytest.raises(UserError, match="mem takes a value of type int, got '4.5'"):
         nanomem.build(path, mem=4.5)
+
+
+@pytest.mark.parametrize("declared, why", [
+    ("sizes: tuple = ()", "sizes must be declared as bool, int, float or str"),
+    ("kept: int | None = None", "kept must be declared as bool, int, float or str"),
+    ("decay: float = 0.9", "--decay is a flag already, so a setting needs another name")])
+def test_a_setting_that_can_be_no_flag_is_refused(declared, why, tmp_path):
+    line = "    mem: int = -1"
+    with pytest.raises(UserError, match=re.escape(why)):
+        train.main([f"--model={rmt(tmp_path, line, f'    {declared}' + chr(10) + line)}", f"--out={tmp_path}"])
 
 
 def test_of_classes_that_extend_each_other_the_last_one_is_the_model(tmp_path):

@@ -195,7 +195,7 @@ def test_old_shards_stay_until_all_new_ones_are_written(tmp_path):
     assert bytes(data.open_shards(tmp_path, "train").tokens[0][1:6].astype(np.uint8)) == b"whale"
 
 
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_something_to_save(tmp_path, monkeypatch):
+def test_overwrite_keeps_the_old_run_until_the_new_one_begins_its_log(tmp_path, monkeypatch):
     go(tmp_path, "--steps=2")
     kept = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(stream, "bptt", lambda *a, **k: 1 / 0)
@@ -203,6 +203,39 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_something_to_save(tmp
         go(tmp_path, "--steps=2", "--overwrite", "--seed=2")
     assert (tmp_path / "last.pt").read_bytes() == kept and (tmp_path / "best.pt").exists()
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)     # then an old checkpoint would have a new log
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path, "--steps=2", "--overwrite", "--seed=2", "--log_interval=1")
+    assert not [*tmp_path.glob("*.pt")]
+
+
+def test_a_users_own_log_is_not_replaced(tmp_path):
+    (tmp_path / "log.csv").write_text("day,weight\n")
+    with pytest.raises(UserError, match="log.csv is there and is no log of a run, so it will not be replaced"):
+        go(tmp_path, "--steps=1")
+    assert (tmp_path / "log.csv").read_text() == "day,weight\n"
+
+
+def test_a_reader_that_leaves_the_pipe_ends_the_run_and_loses_nothing(tmp_path, out):
+    """As in: train.py ... | head."""
+    training = ["train.py", "--model=gpt", f"--out={tmp_path / 'run'}", *SMALL, "--steps=100000", "--log_interval=1"]
+    writing = ["sample.py", str(out), "--prompt=A whale", "--tokens=100000", f"--save-memory={tmp_path / 'm.pt'}"]
+    for argv in (training, writing):
+        process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.wait(120) == 141
+    assert 0 < last(tmp_path / "run")["step"] < 100_000 and checkpoint.load(tmp_path / "m.pt", "memory")["count"] > 7
+
+
+@pytest.mark.parametrize("damage", ["meta.json is cut off", "meta.json is gone"])
+def test_shards_without_their_list_can_be_made_again(tmp_path, damage):
+    meta = shards(tmp_path) / "meta.json"
+    meta.write_bytes(meta.read_bytes()[:99]) if "cut" in damage else meta.unlink()
+    (tmp_path / "a.txt").write_text("whale " * 99)
+    data.main([str(tmp_path / "a.txt"), f"--out={tmp_path}", "--tokenizer=bytes", "--overwrite"])
+    assert data.open_shards(tmp_path, "train").names == ["a"]
 
 
 @pytest.mark.parametrize("name, before", [("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL),
@@ -315,7 +348,7 @@ def test_text_ends_where_the_model_says_that_a_text_ends(out, capsys, monkeypatc
     (["--device=cuda" if not torch.cuda.is_available() else "--device=tpu"], "there is no device"),
     (["--width=2000000"], "parameters need .* GB"), (["--batch=1000000000"], "a step needs .* GB"),
     (["--data=train.py"], "is not a folder of shards"), (["--data=recall:pairs=0"], "0 pairs"),
-    (["--data=retain:chunk=0"], "chunks of 0"), (["--out=train.py"], "cannot write into train.py")])
+    (["--data=retain:chunk=0"], "chunks of 0"), (["--out=train.py"], "cannot write train.py")])
 def test_a_users_mistake_is_one_sentence(tmp_path, argv, why, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=why):

@@ -382,7 +382,7 @@ def test_it_learns_to_recall_what_the_segment_before_said(name, tmp_path):
 # building
 
 def test_any_size_builds_with_settings_derived(name):
-    for fields in (dict(layers=1, heads=1, width=2, seg=1, vocab=2), dict(layers=3, heads=5, width=40, seg=7), {}):
+    for fields in (dict(layers=1, heads=1, width=4, seg=1, vocab=2), dict(layers=3, heads=5, width=40, seg=7), {}):
         model = nanomem.build(name, **fields)
         logits, _ = model(torch.zeros(2, model.c.seg, dtype=torch.long), model.init_state(2))
         assert logits.shape == (2, model.c.seg, model.c.vocab)
@@ -391,7 +391,7 @@ def test_any_size_builds_with_settings_derived(name):
 @pytest.mark.parametrize("asked, fields, hint", [
     ("rtm", {}, "did you mean rmt"), ("xl", dict(windwo=3), "did you mean window"),
     ("gpt", dict(mem=3), "no field mem"), ("rmt", dict(heads=0), "heads must be positive, got 0"),
-    ("gpt", dict(width=20, heads=3), "width 20 does not split into 3 heads"), ("rmt", dict(mem=-2), "got -2"),
+    ("gpt", dict(width=24, heads=4), "width 24 does not split into 4 heads"), ("rmt", dict(mem=-2), "got -2"),
     ("gpt", dict(seg=0), "seg must be positive, got 0"), ("window", dict(window=0), "window > 0, got 0")])
 def test_a_wrong_name_field_or_setting_is_refused_with_the_reason(asked, fields, hint):
     with pytest.raises(UserError, match=hint):

@@ -173,7 +173,8 @@ def test_the_command_writes_a_page_and_no_text(out, tmp_path, capsys):
 
 
 def test_a_file_that_is_no_page_is_never_replaced(out, tmp_path):
-    for name, content in dict(mine="my notes", empty="").items():
+    template = (look.HERE / "look.html").read_text()
+    for name, content in dict(mine="my notes", empty="", template=template).items():
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match="is no look page, so it will not be replaced"):
             sample.main([out, "--prompt=abc", f"--look={tmp_path / name}"])
@@ -184,4 +185,4 @@ def test_a_file_that_is_no_page_is_never_replaced(out, tmp_path):
         sample.main([out, "--prompt=abc", f"--look={tmp_path / 'mine' / 'look.html'}"])
     with pytest.raises(UserError, match="leave --load-memory and --save-memory out"):
         sample.main([out, "--prompt=abc", f"--look={tmp_path / 'a.html'}", f"--save-memory={tmp_path / 'm.pt'}"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "mine", "template"]

@@ -121,6 +121,12 @@ def test_the_command_reads_a_folder_in_the_layout_of_pg19(tmp_path):
     assert meta["splits"]["validation"]["words"] == 18
 
 
+def test_shards_are_replaced_only_when_asked(tmp_path):
+    data.write_shards(tmp_path, data.tokenizer("bytes"), dict(train=[("mine", "text " * 9)]))
+    done = command("--folder=none", f"--out={tmp_path}")
+    assert done.returncode == 2 and "holds shards already: add --overwrite" in done.stderr
+
+
 def test_a_sample_of_a_folder_is_that_of_the_download_and_a_larger_one_holds_it(tmp_path):
     names = [str(i) for i in range(8, 40)]
     for split in ("train", "validation"):
@@ -144,4 +150,4 @@ def test_the_command_refuses_in_one_line_with_exit_code_2(argv, why):
 def test_help_names_every_flag_and_what_it_does():
     done = command("--help")
     flags = [line for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert done.returncode == 0 and len(flags) == 5 and all(line[33:].strip() for line in flags), "a flag without help"
+    assert done.returncode == 0 and len(flags) == 6 and all(line[33:].strip() for line in flags), "a flag without help"

@@ -130,6 +130,11 @@ def test_a_memory_that_is_no_memory_is_refused(say, out, tmp_path):
     (tmp_path / "m.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(UserError, match="damaged or not a memory"):
         say(f"--load-memory={tmp_path / 'm.pt'}")
+    reader = stream.Reader(nanomem.load(out)[0], 2)
+    reader(torch.tensor([[1], [2]]))
+    reader.save(tmp_path / "two.pt")
+    with pytest.raises(UserError, match="is the memory of 2 texts side by side"):
+        say(f"--load-memory={tmp_path / 'two.pt'}")
 
 
 def test_a_file_that_is_no_memory_is_never_replaced(say, out, tmp_path):
@@ -141,6 +146,11 @@ def test_a_file_that_is_no_memory_is_never_replaced(say, out, tmp_path):
         with pytest.raises(UserError, match=why):
             say("--prompt=abc", f"--save-memory={path}", "--tokens=1")
     assert book.read_text() == "Call me Ishmael." and last.read_bytes() == whole
+    book.write_text("notes on a nanomem memory")
+    for path, why in [(book, "is no memory"), (f"{tmp_path}/new/", "is the name of a folder")]:
+        with pytest.raises(UserError, match=why):
+            say("--prompt=abc", f"--save-memory={path}", "--tokens=1")
+    assert book.read_text() == "notes on a nanomem memory"
     for _ in range(2):                                                     # but a memory is
         say("--prompt=abc", f"--save-memory={tmp_path / 'm.pt'}", "--tokens=1")
 

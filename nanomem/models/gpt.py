@@ -182,7 +182,7 @@ class GPT(nn.Module):
     def backbone(self, x, cache=None, mask=None):
         """All blocks: embeddings x (B, T, C) -> hidden states (B, T, C) and the cache with T positions more.
 
-        The cache is a list of keys and values, (B, H, P, D) each, for every layer. x stands at positions P, P + 1, ...
+        The cache is a list of keys and values, (B, H, P, D) each, for every layer. x stands at positions from P on.
         """
         cache = cache or [None] * self.c.layers
         P = 0 if cache[0] is None else cache[0][0].size(2)
