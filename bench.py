@@ -232,8 +232,8 @@ def check_results(b, jobs):
     for job in jobs:
         path, here = file_of(b.out, job), settings_of(b, job)
         was = content_of(path).get("settings")
-        for k in here.keys() - {"code", "not_scored", "train"} if isinstance(was, dict) else ():
-            if was.get(k, here[k]) != here[k]:
+        for k in here if isinstance(was, dict) else ():
+            if k not in ("code", "not_scored", "train") and was.get(k, here[k]) != here[k]:
                 how = f"{'with' if was[k] else 'without'} --final" if k == "final" else f"with other settings ({k})"
                 raise UserError(f"{path} was measured {how}: remove that file to measure it again, or choose another "
                                 "--out")
@@ -272,7 +272,7 @@ def main(argv):
         check_books(b, on_books)
     if not (b.report or b.overwrite):
         check_results(b, left)
-        checkpoint.target(Path(b.out, "report.md"), "report of bench.py", b"```\npython bench.py")
+    checkpoint.target(Path(b.out, "report.md"), "report of bench.py", b"```\npython bench.py")
     groups = {}                                                      # the jobs that need the same training
     for job in left:
         groups.setdefault(job.training or job, []).append(job)
