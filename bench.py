@@ -42,7 +42,7 @@ import torch
 
 import nanomem
 import train
-from nanomem import checkpoint, claims, cli, cost, data, pictures, report, stream, suites, tasks
+from nanomem import checkpoint, claims, cli, cost, data, pictures, report, stream, suites
 from nanomem.cli import UserError
 from nanomem.jobs import (Job, TimeUp, content_of, file_of, machine_of, measure_new, measure_trained, plan, read_result,
                           run_groups, write_result)
@@ -243,7 +243,7 @@ def tell(b, results, command):
     """Write the report of these results and print it; with --plot, draw the pictures."""
     head, models = report.head(results, command), report.collect(results)
     here = f"; here {b.task_steps} steps" * (b.task_steps > 0)
-    about = {k: f"{t.about}{here}; chance {1 / tasks.VALUES:.0%}" for k, t in TASKS.items()}
+    about = {k: f"{t.about}{here}; {t.guess}" for k, t in TASKS.items()}
     tables = "\n\n".join(filter(None, [report.tables(models, about), *claims.claims_table(models)]))
     text = f"```\n{head}\n```\n\n{tables}\n"
     checkpoint.write_whole(Path(b.out, "report.md"), lambda scratch: scratch.write_text(text, encoding="utf-8"))

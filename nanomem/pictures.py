@@ -3,7 +3,7 @@ import contextlib
 
 import numpy as np
 
-from .report import column_of, interval, range_of, reach_columns, results_of, state_of
+from .report import column_of, interval, range_of, reach_columns, results_of, shares_right, state_of
 
 INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
 MOST_LINES = len(COLORS)
@@ -164,9 +164,9 @@ def against_bytes(models, path):
     there is neither recall of two models nor gpt's books and another's."""
     recall, books, panels = results_of(models, "recall"), compared(models), []
     if len(recall) > 1:
-        panels.append(("recall beyond the first segment, mean, %", "right answers, %",
-                       {name: (max(part.get("state_bytes", 0) for part in r),
-                               100 * np.mean([part["accuracy"] for part in r[1:]])) for name, r in recall.items()}))
+        panels.append(("recall from before the segment", "right answers, %",
+                       {name: (max(part.get("state_bytes", 0) for part in r), 100 * shares_right(r[1:]).mean())
+                        for name, r in recall.items()}))
     if len(books) > 1:
         gpt = books["gpt"]["all"]["by_book"]
         panels.append(("books: gain over gpt", "nats a token",

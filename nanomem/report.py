@@ -46,7 +46,8 @@ def interval(ours, theirs, draws=2000):
     models have, are drawn again and again, with replacement. Both models read the same books, with the same seed in the
     same order, so it is their differences that are drawn. ours and theirs: {seed: [nats, scored] of each book}. All
     three are nan if no seed is common to both; with a single one, the interval is over books alone, and nan for a
-    single book."""
+    single book. Two seeds say little about how much seeds differ: their interval holds the truth in 85% of all cases,
+    that of three in 88% (simulated: 14 books, deviations of 0.02 nats between books and of 0.011 between seeds)."""
     seeds, rng = sorted({*ours} & {*theirs}), np.random.default_rng(0)
     if not seeds:
         return np.nan, np.nan, np.nan
@@ -103,6 +104,12 @@ def percent(part):
     each = part.get("each", [0])
     ends = f" ({min(each):.0%} to {max(each):.0%})" if len(each) > 1 else ""
     return f"{part['accuracy']:.0%}{ends}" + (f": {part['hits']:.0%}" if "hits" in part else "")
+
+
+def shares_right(columns):
+    """The share of right answers in these columns of a task, for each seed."""
+    each = [part.get("each", [part["accuracy"]]) for part in columns]
+    return np.average(each, axis=0, weights=[part["questions"] for part in columns])
 
 
 def results_of(models, task):
