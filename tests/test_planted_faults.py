@@ -150,7 +150,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
          "each_token_says_what_is_stored_how_it_is_asked_for_and_how_much_fades"),
         ("b.sigmoid().mT", "b.mT", "each_token_says_what_is_stored_how_it_is_asked_for_and_how_much_fades"),
         ("o.append(A.exp() * (q @ h.mT)", "o.append((q @ h.mT)", "chunks_are_the_loop_over_tokens"),
-        ("type_as(b) - self.dt_bias", "type_as(b) + self.dt_bias",
+        ("type_as(b) + self.dt_bias", "type_as(b) - self.dt_bias",
          "each_token_says_what_is_stored_how_it_is_asked_for_and_how_much_fades"),
         ("(A - A.mT).tril().exp().tril()", "(A - A.mT).exp().tril()", "strong_decays_overflow_nowhere"),
         ('qkv, memory["conv"] = short_conv(', "qkv, _ = short_conv(", "any_cut_of_a_segment_gives_the_single_call"),
@@ -239,7 +239,7 @@ FAULTS = {    # of each file: what stands there, what is put there, and the test
          "a_fresh_element_starts_from_nothing_and_the_others_go_on"),
         ("model.write(self.cache, self.state)", "model.write(self.cache, model.init_state(len(tokens)))",
          "a_reader_predicts_what_the_loop_predicts"),
-        ('state["aux"].mean() * share / K', 'state["aux"].mean() * share',
+        ('state["aux"].mean() * share / parts', 'state["aux"].mean() * share',
          "a_loss_of_the_mechanism_itself_counts_in_both"),
     ],
 }
