@@ -66,7 +66,7 @@ class Task:
 
 SMALL, NARROW = dict(layers=2, heads=2, width=64), dict(layers=2, heads=2, width=32)
 SLOW = dict(full=8192, landmark=16_384)   # their time grows with the square of the text
-NEWEST = "a text holds two values: naming the newer one, whatever the key, is right for 57 to 75%"
+NEWEST = "a text holds two values: naming the newer one, whatever the key, is right for 54 to 75%"
 
 
 def recall(pairs, S, batch, steps, texts, more=""):

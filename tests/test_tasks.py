@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanomem import tasks
+from nanomem import suites, tasks
 from nanomem.cli import UserError
 
 
@@ -170,3 +170,28 @@ def test_retain_asks_once_for_each_fact_at_the_beginning_of_a_later_chunk():
         assert (t % 4 == 0).all() and (told % 4 > 0).all() and (distance // 4 == t // 4 - told // 4 - 1).all()
         assert b.bincount().tolist() == [facts] * 32
         assert all(len(set(batch.x[i, t[b == i]].tolist())) == facts for i in range(32)), "a key is asked for twice"
+
+
+def guesses(task, T, least):
+    """What is right without a key: the newest value that stood behind a key, and one of all these by chance. Of the
+    questions with a distance of `least`."""
+    batch = tasks.TaskLoader(task, 128, T, seed=(0, 2)).next()
+    newest, among = [], []
+    for x, y, far in zip(batch.x.tolist(), batch.y.tolist(), batch.distance.tolist()):
+        values = []
+        for t in range(T):
+            if t and x[t - 1] >= tasks.NOISE + tasks.VALUES > x[t] >= tasks.NOISE:
+                values.append(x[t])
+            if y[t] >= 0 and far[t] >= least:
+                newest.append(y[t] == values[-1])
+                among.append((y[t] in values) / len({*values}))
+    return np.mean(newest), np.mean(among)
+
+
+def test_what_guessing_gets_is_as_the_tables_and_the_readme_say():
+    for task in suites.TASKS.values():
+        if task.guess == suites.NEWEST:
+            shares = [guesses(test, T, 0) for T, test in task.tests.items() if T <= 4096]
+            assert 0.5 < np.min(shares) and np.max(shares) < 0.77
+    (T, test), = suites.TASKS["recall_bytes"].tests.items()
+    assert abs(guesses(test, T, 16)[1] - 0.15) < 0.01

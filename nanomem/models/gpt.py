@@ -15,7 +15,7 @@ from torch.nn import functional as F
 class Config:
     vocab: int = 4097   # V, tokens in the vocabulary
     layers: int = 4     # L, blocks
-    heads: int = 4      # H, attention heads
+    heads: int = 4      # H, attention heads; a key has two halves, each of pairs of channels: D is a multiple of 4
     width: int = 128    # C, channels of the residual stream
     seg: int = 128      # S, tokens in a segment
     mlp: int = -1       # hidden channels of an MLP; -1: four times the width

@@ -49,7 +49,7 @@ class MemoryLLM(GPT):
              gradient goes back into the segment that wrote them
     write    a second pass over the segment, with start and the K newest vectors of the pool (detached) in front and the
              marker p added to its last K tokens, in every layer. What these become in a layer goes into its pool
-    paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). K and N are its letters
+    paper    MemoryLLM 2402.04624, section 3.1 (write: figure 2; forgetting: eq. 3-5). K and N as there
     departs  trained from scratch on the next token, all weights, one set of them for both passes, where the paper adds
              LoRA to Llama and has three ways to train; gradient goes through all writes of a BPTT window (paper:
              through one, in one of the three). Half of a key comes from whichever vector stands before it, as half
