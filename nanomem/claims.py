@@ -6,8 +6,7 @@ or both answer nearly everything); or None if this was not measured.
 """
 import numpy as np
 
-from .report import interval, shares_right, table
-from .suites import TASKS
+from .report import columns_of, interval, shares_right, table
 
 CEILING = 0.95   # of the questions: two models that answer more cannot be told apart
 
@@ -19,13 +18,6 @@ def above(a, *others):
     if any(max(a) < min(b) - gap(b) for b in others):
         return False
     return True if all(min(a) > max(b) + gap(b) for b in others) else None
-
-
-def columns_of(models, name, task):
-    """Of the model with the settings that the task has for it, or with these; None if it was not measured."""
-    own = [model for model in TASKS[task].models if f"{model}:".startswith(f"{name}:") and "/" not in model]
-    return next((models[model][task] for model in (name, *own[:1], name + TASKS[task].others)
-                 if models.get(model, {}).get(task)), None)
 
 
 def less_on_books(one, other):

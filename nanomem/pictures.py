@@ -3,7 +3,7 @@ import contextlib
 
 import numpy as np
 
-from .report import column_of, interval, range_of, reach_columns, results_of, shares_right, state_of
+from .report import column_of, far_shares, interval, range_of, reach_columns, results_of, shares_right, state_of
 
 INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
 MOST_LINES = len(COLORS)
@@ -125,8 +125,10 @@ def bars(path, title, values, label, xlabel):
 # What bench.py draws, from models = {model: {task: what was measured, merged over seeds}}
 
 def accuracy_map(models, task, path):
-    """How much of a task each model answers, by distance or by length, beside the bytes of its state."""
+    """How much of a task each model answers, by distance or by length, beside the bytes of its state. First who
+    answers most of all questions but the nearest."""
     results = results_of(models, task)
+    results = dict(sorted(results.items(), key=lambda item: -shares_right(item[1][1:] or item[1]).mean()))
     columns = [column_of(part) for part in max(results.values(), key=len)]
     values = {}
     for name, r in results.items():
@@ -135,6 +137,16 @@ def accuracy_map(models, task, path):
     far = "tokens back to the answer" if "start" in next(iter(results.values()))[0] else "tokens in the text"
     heat_map(path, f"{task}: right answers, % (left: state of one text)", list(values), columns, values,
              lambda v: f"{100 * v:.0f}", far, ends=(0, 1))
+
+
+def far_map(models, path):
+    """How much of each task each model answers, of all questions but the nearest; None if there is only one task."""
+    done, shares = far_shares(models)
+    if len(done) < 2:
+        return None
+    heat_map(path, "Right answers, %, of all questions but the nearest", list(shares),
+             [task.replace("_", "\n") for task in done], shares, lambda v: f"{100 * v:.0f}", "task", ends=(0, 1))
+    return path
 
 
 def compared(models):
@@ -207,7 +219,7 @@ def draw(models, tasks, folder):
         if results_of(models, task):
             accuracy_map(models, task, f"{folder}/{task}.svg")
             names.append(f"{task}.svg")
-    names += [f"{name}.svg" for name, made in (("books", books_lines), ("memory", against_bytes))
+    names += [f"{name}.svg" for name, made in (("tasks", far_map), ("books", books_lines), ("memory", against_bytes))
               if made(models, f"{folder}/{name}.svg")]
     if results_of(models, "reach"):
         reach_map(models, f"{folder}/reach.svg")

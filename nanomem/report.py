@@ -4,6 +4,8 @@ Most functions take models = {model: {task: what measure.py returned}}.
 """
 import numpy as np
 
+from .suites import TASKS
+
 PAPER = dict(bptt=(16177, 1.00), checkpointed=(9885, 0.48), replay=(7229, 0.90))   # MB, speed: 2010.06891, table 3
 
 
@@ -110,6 +112,34 @@ def shares_right(columns):
     """The share of right answers in these columns of a task, for each seed."""
     each = [part.get("each", [part["accuracy"]]) for part in columns]
     return np.average(each, axis=0, weights=[part["questions"] for part in columns])
+
+
+def as_typed(model):
+    """A model without the settings that a task gives it: "rmt:seg=16:segments=4", as it is in needle, is rmt."""
+    for t in TASKS.values():
+        if model in t.models:
+            return model.partition(":")[0]
+        if t.others and model.endswith(t.others):
+            return model.removesuffix(t.others)
+    return model
+
+
+def columns_of(models, name, task):
+    """What was measured of a model with its usual settings in a task, or as it is; None if it was not measured."""
+    own = [model for model in TASKS[task].models if f"{model}:".startswith(f"{name}:") and "/" not in model]
+    return next((models[model][task] for model in (name, *own[:1], name + TASKS[task].others)
+                 if models.get(model, {}).get(task)), None)
+
+
+def far_shares(models):
+    """The tasks that most models did, and {model: its share of right answers in each, None where it was not measured},
+    of all questions but the nearest, those in the first column: what a memory answers."""
+    names = dict.fromkeys(map(as_typed, models))
+    found = {task: {name: shares_right(columns[1:]).mean() for name in names
+                    if len(columns := columns_of(models, name, task) or ()) > 1} for task in TASKS}
+    most = [task for task in TASKS if 2 * len(found[task]) > len(names)]
+    return most, {name: [found[task].get(name) for task in most] for name in names
+                  if any(name in found[task] for task in most)}
 
 
 def results_of(models, task):
@@ -245,6 +275,13 @@ def task_table(models, task, about):
                     lambda r: ["", *[f"{part['questions']:,.0f}" for part in r]])
 
 
+def far_table(models):
+    done, shares = far_shares(models)
+    return by_model("All tasks: right answers, of all questions but the nearest, those in a table's first column",
+                    shares if len(done) > 1 else {}, lambda r: done,
+                    lambda r: ["" if share is None else f"{share:.0%}" for share in r])
+
+
 def cost_tables(models):
     results = results_of(models, "cost")
     found = by_model("After so many tokens: ms a token to read on, ms a token to decode, bytes held, peak bytes",
@@ -293,8 +330,8 @@ def replay_table(models):
 
 def tables(models, about):
     """All tables, as text. about: {task: what its table shows}."""
-    parts = [first_table(models), *books_tables(models), *passage_table(models), *reach_table(models),
-             *rates_table(models)]
+    parts = [first_table(models), *far_table(models), *books_tables(models), *passage_table(models),
+             *reach_table(models), *rates_table(models)]
     for task, text in about.items():
         parts += task_table(models, task, text)
     return "\n\n".join(filter(None, [*parts, *cost_tables(models), *race_table(models), *replay_table(models)]))

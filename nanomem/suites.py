@@ -106,10 +106,10 @@ TASKS = dict(
         "segments of 16 where that is said; attention windows of 16 tokens, unless another number is said",
         dict(SMALL, data="mqar:pairs=16", batch=32, segments=1, seg=128, steps=300),
         {128: "mqar:pairs=16"}, texts=1024, edges=(0, 16, 32, 64, 128), others=":seg=16:segments=8",
-        models=("mamba:state=8", "bmojo:mix=window:window=16", "hybrid:state=8:window=16", "bmojo_f:state=8:window=16",
-                *[f"bmojo:state=8:window=16:eidetic={more}" for more in ("16", "32", "32:select=random",
+        models=("mamba:state=8", "hybrid:state=8:window=16", "bmojo_f:state=8:window=16",
+                *[f"bmojo:state=8:window=16:eidetic={more}" for more in ("32", "16", "32:select=random",
                                                                          "32:select=16-48")],
-                "bmojo:mix=window:window=128")),
+                "bmojo:mix=window:window=16", "bmojo:mix=window:window=128")),
     needle=Task(
         "by tokens in the text: trained on 64, in segments of 16 where it is said; 2 needles, each asked for 3 times, "
         "in longer texts once; gca retrieves 4 chunks of 4 tokens",

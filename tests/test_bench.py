@@ -514,6 +514,10 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     bench.main([*SMALL, "--models=gpt,rmt", "--tasks=books", f"--data={shards}", f"--out={tmp_path}", "--plot"])
     memory = (tmp_path / "memory.svg").read_text()                     # each of its two halves stands alone, too
     assert "gain over gpt" in memory and ">rmt" in memory and "right answers" not in memory
+    assert not (tmp_path / "tasks.svg").exists()                       # one picture of several tasks
+    monkeypatch.setitem(suites.TASKS, "recall512", TINY)
+    bench.main([*SMALL, "--models=gpt,rmt", "--tasks=recall,recall512", f"--out={tmp_path}", "--plot"])
+    assert all(name in (tmp_path / "tasks.svg").read_text() for name in (">rmt", ">gpt", ">recall512"))
 
 
 def test_labels_that_would_overlap_are_moved_apart_and_no_others():

@@ -111,6 +111,25 @@ def test_the_first_table_fits_a_page_and_its_words_are_plain():
         assert title in text
 
 
+def test_one_table_holds_the_far_questions_of_the_tasks_that_most_models_did():
+    columns = lambda *each: [dict(start=i, end=i + 1, accuracy=a, questions=q) for i, (a, q) in enumerate(each)]
+    recall, short = columns((1, 99), (0.5, 30), (0.1, 10)), columns((1, 9), (0.25, 9))
+    models = {"gpt": dict(recall=recall), "rmt": dict(recall=short), "hmt": dict(recall=short, hops=short),
+              "rmt:seg=16:segments=4": dict(needle=short), "gca:chunk=4:bypass=no": dict(needle=short),
+              "gca:chunk=4:bypass=no/retrieval=random": dict(needle=columns((1, 9), (0, 9))),
+              "hmt:seg=16:segments=4": dict(needle=recall), "hmt:bank=2": dict(recall=short),
+              "hmt:bank=2:seg=16:segments=4": dict(needle=recall)}
+    assert report.far_shares(models) == (["recall", "needle"], dict(
+        gpt=[0.4, None], rmt=[0.25, 0.25], hmt=[0.25, 0.4], gca=[None, 0.25], **{"hmt:bank=2": [0.25, 0.4]}))
+    text, = report.far_table(models)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert cells[0] == ["model", "recall", "needle"] and cells[2:] == [
+        ["gpt", "40%", ""], ["rmt", "25%", "25%"], ["hmt", "25%", "40%"], ["gca", "", "25%"],
+        ["hmt:bank=2", "25%", "40%"]]
+    assert text in report.tables(models, {})
+    assert report.far_table(dict(gpt=dict(recall=recall), rmt=dict(recall=short))) == []   # one task: its own table
+
+
 def test_a_model_that_was_not_measured_leaves_a_gap():
     text = report.first_table(dict(gpt=dict(books=books(5.5)), xl=dict(cost=cost(), books=books(5.0)), rmt={}))
     gpt, xl = text.splitlines()[-2:]
