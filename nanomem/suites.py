@@ -145,6 +145,11 @@ TASKS["recall_bytes"] = replace(
     models=("window:window=31", "rmt:mem=127", "hmt:mem=15:bank=8", "memformer:mem=128", "memoryllm:slots=62",
             "mplus:new=8:slots=24:store=20", "mamba:state=60", "deltanet:state=52", "infini:heads=1", "titans",
             "bmojo_f", "bmojo:window=2:eidetic=6", "gca:bank=5", "landmark:bank=7"))
+TASKS["needle8"] = replace(
+    TASKS["needle"], about="by tokens in the text: trained as in needle, with 2 needles; the tests have 8",
+    tests={T: "needle:pairs=8:notice=4" for T in (1024, 16_384)}, texts=64,
+    models=("gca:chunk=4:bypass=no", *(f"{name}:seg=16:segments=4" for name in ("landmark", "titans_mag", "bmojo"))),
+    guess="naming the newest of a text's values is right for 25 to 33%")
 TASKS["noise"] = replace(
     TASKS["mqar"], about="by tokens since the pair: as mqar, with noise in place of blanks",
     train=dict(TASKS["mqar"].train, data="mqar:pairs=16:noise=yes"), tests={128: "mqar:pairs=16:noise=yes"})
