@@ -16,7 +16,7 @@ The path of a file is a model too: --models=rmt,homework/rmt.py:mem=1.
     passage   how much easier a passage is when it was read before, some segments of another book ago
     reach     how far back predictions depend on the text: how much one changed token moves them, by distance
     rates     the loss of the held-out books after a tenth of the steps, with multiples of the learning rates (--search)
-    recall, recall2, recall32, recall512, recall_bytes, delayed, mqar, noise, needle, needle1k, hops, retain
+    recall, recall2, recall32, recall512, recall_bytes, delayed, mqar, noise, needle, needle8, needle1k, hops, retain
               accuracy on synthetic tasks, by the distance to the answer or by the length of the text
     cost      training speed, time to read and to decode, and bytes, as the text grows
     race      time to the same loss against nanoGPT's model and recipe, both trained in turn

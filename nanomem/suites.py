@@ -69,11 +69,11 @@ SLOW = dict(full=8192, landmark=16_384)   # their time grows with the square of 
 NEWEST = "a text holds two values: naming the newer one, whatever the key, is right for 54 to 75%"
 
 
-def recall(pairs, S, batch, steps, texts, more=""):
-    """Texts of 8 segments of S tokens, in training and in the test. The columns end where segments do. `more` are
-    settings of the training texts."""
+def recall(pairs, S, batch, steps, texts):
+    """Texts of 8 segments of S tokens, in training and in the test; in training with 1 to `pairs` pairs, which is
+    learned sooner. The columns end where segments do."""
     return Task(f"by tokens back to the answer: {pairs} pairs, texts of 8 segments of {S} tokens, {steps} steps",
-                dict(SMALL, data=f"recall:pairs={pairs}{more}", batch=batch, segments=8, seg=S, steps=steps),
+                dict(SMALL, data=f"recall:pairs={pairs}:mixed=yes", batch=batch, segments=8, seg=S, steps=steps),
                 {8 * S: f"recall:pairs={pairs}:asks=3"}, texts, edges=tuple(range(0, 8 * S + 1, S)))
 
 
@@ -89,10 +89,10 @@ def and_controls(gca):
 
 
 TASKS = dict(
-    recall=recall(8, S=16, batch=32, steps=200, texts=512, more=":mixed=yes"),
+    recall=recall(8, S=16, batch=32, steps=200, texts=512),
     recall2=recall(2, S=16, batch=32, steps=100, texts=512),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
-    recall512=recall(8, S=64, batch=8, steps=80, texts=128),
+    recall512=recall(8, S=64, batch=8, steps=200, texts=128),
     delayed=Task(
         "by tokens since the pair was last seen: one pair in the first 16 tokens, questions from token 64 on, all with "
         "the same answer; trained on texts of 8 segments of 16 tokens, with gradient through `segments` of them, "
