@@ -90,7 +90,7 @@ def and_controls(gca):
 
 TASKS = dict(
     recall=recall(8, S=16, batch=32, steps=200, texts=512),
-    recall2=recall(2, S=16, batch=32, steps=100, texts=512),
+    recall2=recall(2, S=16, batch=32, steps=200, texts=512),
     recall32=recall(32, S=128, batch=4, steps=400, texts=64),
     recall512=recall(8, S=64, batch=8, steps=200, texts=128),
     delayed=Task(
