@@ -248,7 +248,7 @@ def tell(b, results, command):
     text = f"```\n{head}\n```\n\n{tables}\n"
     checkpoint.write_whole(Path(b.out, "report.md"), lambda scratch: scratch.write_text(text, encoding="utf-8"))
     print(f"\n{head}\n\n{tables}\n")
-    print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, TASKS, b.out) if b.plot else [])]))
+    print(f"written to {b.out}:", ", ".join(["report.md", *(pictures.draw(models, b.out) if b.plot else [])]))
 
 
 def main(argv):

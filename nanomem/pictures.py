@@ -4,6 +4,7 @@ import contextlib
 import numpy as np
 
 from .report import column_of, far_shares, interval, range_of, reach_columns, results_of, shares_right, state_of
+from .suites import TASKS
 
 INK, COLORS = "#7d8590", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")   # Okabe and Ito
 MOST_LINES = len(COLORS)
@@ -212,10 +213,10 @@ def reading_bars(models, path):
          {name: 1000 * x["read_ms"] for name, x in last.items()}, lambda v: f"{v:.0f}", "seconds")
 
 
-def draw(models, tasks, folder):
+def draw(models, folder):
     """A picture of each kind for which there are results. Returns the names of the files."""
     names = []
-    for task in tasks:
+    for task in TASKS:
         if results_of(models, task):
             accuracy_map(models, task, f"{folder}/{task}.svg")
             names.append(f"{task}.svg")

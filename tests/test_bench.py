@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -518,6 +519,14 @@ def test_plots_are_drawn_or_missed_in_one_sentence(tmp_path, shards, monkeypatch
     monkeypatch.setitem(suites.TASKS, "recall512", TINY)
     bench.main([*SMALL, "--models=gpt,rmt", "--tasks=recall,recall512", f"--out={tmp_path}", "--plot"])
     assert all(name in (tmp_path / "tasks.svg").read_text() for name in (">rmt", ">gpt", ">recall512"))
+
+
+def test_the_map_of_a_task_shows_first_who_answers_most_of_what_is_far(tmp_path):
+    pytest.importorskip("matplotlib")
+    columns = lambda *each: [dict(start=i, end=i + 1, accuracy=a, questions=9) for i, a in enumerate(each)]
+    models = dict(near=dict(recall=columns(1, 0.1)), far=dict(recall=columns(0, 0.9)), none=dict(recall=columns(1, 0)))
+    pictures.accuracy_map(models, "recall", tmp_path / "recall.svg")
+    assert re.findall(r">(near|far|none) ", (tmp_path / "recall.svg").read_text()) == ["far", "near", "none"]
 
 
 def test_labels_that_would_overlap_are_moved_apart_and_no_others():

@@ -194,7 +194,7 @@ def test_what_guessing_gets_is_as_the_tables_and_the_readme_say():
             shares = [guesses(test, T, 0) for T, test in task.tests.items() if T <= 4096]
             assert 0.5 < np.min(shares) and np.max(shares) < 0.77
     for T, test in suites.TASKS["needle8"].tests.items():
-        assert 0.25 < guesses(test, T, 0)[0] < 0.33
+        assert abs(guesses(test, T, 0)[0] - 0.29) < 0.02
     for name, share in dict(recall=0.15, recall_bytes=0.15, recall512=0.15, recall2=0.55).items():
         (T, test), = suites.TASKS[name].tests.items()
         assert abs(guesses(test, T, suites.TASKS[name].edges[1])[1] - share) < 0.01
